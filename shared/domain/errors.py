@@ -1,0 +1,174 @@
+"""Every error that Sluice raises on purpose: one root, a stable code, retryable or permanent, one HTTP status."""
+
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+
+class SluiceError(Exception):
+    """Root of all errors.
+
+    `detail` says in plain words what was wrong, where, and what to do. `extra` holds machine-readable
+    members that are added to the problem document or to the task's error as they are.
+    """
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extra = extra
+
+    def as_json(self) -> dict[str, Any]:
+        """The form in which a failed task stores its error."""
+        return {"code": self.code, "detail": self.detail, **self.extra}
+
+
+# --- what a caller did wrong
+
+
+class InvalidRequest(SluiceError):
+    code = "invalid-request"
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class Unauthenticated(SluiceError):
+    code = "unauthenticated"
+    status = HTTPStatus.UNAUTHORIZED
+
+
+class Forbidden(SluiceError):
+    code = "forbidden"
+    status = HTTPStatus.FORBIDDEN
+
+
+class NotFound(SluiceError):
+    code = "not-found"
+    status = HTTPStatus.NOT_FOUND
+
+
+class Conflict(SluiceError):
+    code = "conflict"
+    status = HTTPStatus.CONFLICT
+
+
+class CommandRefused(Conflict):
+    """A command that the task's state does not allow; `extra` has `state` and `allowed`."""
+
+    code = "command-refused"
+
+
+class PreconditionFailed(SluiceError):
+    code = "precondition-failed"
+    status = HTTPStatus.PRECONDITION_FAILED
+
+
+class LengthRequired(SluiceError):
+    code = "length-required"
+    status = HTTPStatus.LENGTH_REQUIRED
+
+
+class TooLarge(SluiceError):
+    code = "too-large"
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+class TooSlow(SluiceError):
+    code = "request-timeout"
+    status = HTTPStatus.REQUEST_TIMEOUT
+
+
+class TooManyRequests(SluiceError):
+    code = "too-many-requests"
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+
+class RangeNotSatisfiable(SluiceError):
+    code = "range-not-satisfiable"
+    status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+
+
+class InvalidMessage(SluiceError):
+    """A message on the bus that no contract describes; it goes to the dead-letter queue with this reason."""
+
+    code = "invalid-message"
+    status = HTTPStatus.BAD_REQUEST
+
+
+# --- what is wrong with the data: the task fails and keeps its checkpoint
+
+
+class InvalidData(SluiceError):
+    code = "invalid-data"
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class BadRecord(InvalidData):
+    """A record that cannot be loaded; `extra` has `line` and, where the server names it, `column`."""
+
+    code = "bad-record"
+
+
+class TooManyRejects(InvalidData):
+    code = "too-many-rejects"
+
+
+class SourceChanged(InvalidData):
+    """The object that a task reads was replaced or deleted after the task began."""
+
+    code = "source-changed"
+
+
+class SchemaMismatch(InvalidData):
+    code = "schema-mismatch"
+
+
+class ObjectMissing(SluiceError):
+    code = "object-missing"
+    status = HTTPStatus.NOT_FOUND
+
+
+class UploadMissing(SluiceError):
+    """The store knows no such multipart upload: completed, aborted, or swept by the store itself."""
+
+    code = "upload-missing"
+
+
+class NoProgress(SluiceError):
+    """A task used up its attempts without one committed batch."""
+
+    code = "no-progress"
+
+
+# --- what a later attempt may find mended
+
+
+class Retryable(SluiceError):
+    retryable = True
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class DatabaseUnavailable(Retryable):
+    code = "database-unavailable"
+
+
+class BusUnavailable(Retryable):
+    code = "bus-unavailable"
+
+
+class StoreUnavailable(Retryable):
+    code = "store-unavailable"
+
+
+class IntegrityMismatch(Retryable):
+    """What the store says it holds is not what was sent."""
+
+    code = "integrity-mismatch"
+
+
+class Fenced(SluiceError):
+    """Another claim has a newer epoch, or the task left the state: this worker must let go of it, silently."""
+
+    code = "fenced"
+    status = HTTPStatus.CONFLICT
