@@ -135,6 +135,18 @@ class UploadMissing(SluiceError):
     code = "upload-missing"
 
 
+class StoreMisconfigured(SluiceError):
+    """The object store refuses us: credentials, bucket, region or clock. An operator must act."""
+
+    code = "store-misconfigured"
+
+
+class StoreRefused(SluiceError):
+    """The object store calls a request wrong that a repeat would not mend, such as parts that do not fit."""
+
+    code = "store-refused"
+
+
 class NoProgress(SluiceError):
     """A task used up its attempts without one committed batch."""
 
@@ -151,6 +163,16 @@ class Retryable(SluiceError):
 
 class DatabaseUnavailable(Retryable):
     code = "database-unavailable"
+
+
+class LockTimeout(Retryable):
+    """Somebody else holds what a change needs: a long query on the dataset, say."""
+
+    code = "lock-timeout"
+
+
+class StatementTimeout(Retryable):
+    code = "statement-timeout"
 
 
 class BusUnavailable(Retryable):

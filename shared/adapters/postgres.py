@@ -1,0 +1,208 @@
+"""PostgreSQL through asyncpg: the pool, connections with our errors, and the one function that quotes identifiers.
+
+Considerations
+- A broken connection in the middle of COMMIT leaves it unknown whether the transaction was committed. Callers must
+  then read the truth again before they go on: DatabaseUnavailable ends a claim, and the next claim reads the row.
+- `synchronous_commit` stays on, except in transactions that switch it off for themselves (see the runner's batches).
+- Cancelling a COPY makes asyncpg send a cancel request; the connection is given back only when the server has
+  answered, so a cancelled batch holds no lock afterwards.
+"""
+
+import re
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, cast
+
+import asyncpg
+import orjson
+from asyncpg import exceptions as pg
+
+from shared.domain.errors import (
+    BadRecord,
+    Conflict,
+    DatabaseUnavailable,
+    InvalidData,
+    LockTimeout,
+    StatementTimeout,
+)
+
+_COPY_LINE = re.compile(r"COPY .*?, line (\d+)(?:, column ([^\n]*?))?(?::|$)", re.MULTILINE)
+
+
+def quoted(identifier: str) -> str:
+    """`identifier` as SQL. Raises InvalidData for what no identifier can be: empty, or with a NUL byte."""
+    if not identifier or "\x00" in identifier:
+        raise InvalidData(f"{identifier!r} cannot be a name in PostgreSQL")
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """`text` as an SQL string, for the few places that take no parameter (COPY options, DEFAULT)."""
+    if "\x00" in text:
+        raise InvalidData("a NUL character cannot be part of an SQL text")
+    if "\\" in text:
+        return " E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+    return "'" + text.replace("'", "''") + "'"
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Driver errors become ours; a programming error stays what it is."""
+    try:
+        yield
+    except (pg.BadCopyFileFormatError, pg.DataError, pg.IntegrityConstraintViolationError, pg.ProgramLimitExceededError) as error:
+        raise _data_error(cast(asyncpg.PostgresError, error)) from error
+    except pg.LockNotAvailableError as error:
+        raise LockTimeout("the table is being read or changed by somebody else for too long; try again later") from error
+    except pg.QueryCanceledError as error:
+        raise StatementTimeout("the statement took longer than allowed") from error
+    except (pg.DeadlockDetectedError, pg.SerializationError) as error:
+        raise LockTimeout("two changes met each other; try again") from error
+    except (
+        OSError,
+        pg.PostgresConnectionError,
+        pg.OperatorInterventionError,
+        pg.InsufficientResourcesError,
+        pg.CannotConnectNowError,
+        pg.InternalClientError,
+        TimeoutError,
+    ) as error:
+        raise DatabaseUnavailable(f"PostgreSQL does not answer: {error or type(error).__name__}") from error
+    except pg.InterfaceError as error:
+        # "connection is closed", "connection was closed in the middle of operation", "pool is closing"
+        if "clos" in str(error) or "terminat" in str(error):
+            raise DatabaseUnavailable(f"PostgreSQL does not answer: {error}") from error
+        raise
+
+
+def _data_error(error: asyncpg.PostgresError) -> Exception:
+    where = _COPY_LINE.search(getattr(error, "context", None) or "")
+    message = str(error)
+    if where is not None:
+        return BadRecord(message, line=int(where[1]), column=where[2], sqlstate=error.sqlstate)
+    if isinstance(error, pg.UniqueViolationError):
+        return Conflict(message, constraint=getattr(error, "constraint_name", None))
+    return InvalidData(message, sqlstate=error.sqlstate)
+
+
+class PgConnection:
+    """An asyncpg connection behind the `Connection` port."""
+
+    def __init__(self, raw: "asyncpg.Connection[Any]") -> None:
+        self._raw = raw
+
+    async def execute(self, sql: str, *args: object) -> str:
+        with translated():
+            return cast(str, await self._raw.execute(sql, *args))
+
+    async def fetch(self, sql: str, *args: object) -> Sequence[Mapping[str, Any]]:
+        with translated():
+            return cast(Sequence[Mapping[str, Any]], await self._raw.fetch(sql, *args))
+
+    async def fetchrow(self, sql: str, *args: object) -> Mapping[str, Any] | None:
+        with translated():
+            return cast(Mapping[str, Any] | None, await self._raw.fetchrow(sql, *args))
+
+    async def fetchval(self, sql: str, *args: object) -> Any:
+        with translated():
+            return await self._raw.fetchval(sql, *args)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        transaction = self._raw.transaction()
+        with translated():
+            await transaction.start()
+        try:
+            yield
+        except BaseException:
+            if not self._raw.is_closed():
+                with translated():
+                    await transaction.rollback()
+            raise
+        with translated():
+            await transaction.commit()
+
+    async def copy_in(
+        self, schema: str, table: str, source: Any, *, columns: Sequence[str] | None = None, **options: Any
+    ) -> int:
+        with translated():
+            status = await self._raw.copy_to_table(
+                table, schema_name=schema, columns=columns, source=source, **options
+            )
+        return int(status.rpartition(" ")[2])
+
+    async def copy_out(
+        self, query: str, *args: object, sink: Callable[[bytes], Awaitable[None]], **options: Any
+    ) -> int:
+        with translated():
+            status = await self._raw.copy_from_query(query, *args, output=sink, **options)
+        return int(status.rpartition(" ")[2])
+
+    async def copy_records(
+        self, schema: str, table: str, columns: Sequence[str], records: Sequence[Sequence[object]]
+    ) -> None:
+        with translated():
+            await self._raw.copy_records_to_table(table, schema_name=schema, columns=list(columns), records=records)
+
+    @property
+    def backend_pid(self) -> int:
+        return cast(int, self._raw.get_server_pid())
+
+
+async def _set_up(raw: "asyncpg.Connection[Any]") -> None:
+    def decode(text: str) -> Any:
+        return orjson.loads(text)
+
+    def encode(value: object) -> str:
+        return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+
+    for name in ("json", "jsonb"):
+        await raw.set_type_codec(name, schema="pg_catalog", encoder=encode, decoder=decode)
+
+
+class PgDatabase:
+    """A pool of connections behind the `Database` port.
+
+    `size` is the most connections that are open at a time. Idle ones are closed after a minute, so that paused tasks
+    hold none.
+    """
+
+    def __init__(self, dsn: str, *, size: int, name: str, connect_seconds: float = 10.0) -> None:
+        self._dsn = dsn
+        self._size = size
+        self._name = name
+        self._connect_seconds = connect_seconds
+        self._pool: asyncpg.Pool[Any] | None = None
+
+    async def open(self) -> None:
+        """Raises DatabaseUnavailable."""
+        with translated():
+            self._pool = await asyncpg.create_pool(
+                self._dsn,
+                min_size=1,
+                max_size=self._size,
+                max_inactive_connection_lifetime=60,
+                timeout=self._connect_seconds,
+                init=_set_up,
+                server_settings={"application_name": self._name, "jit": "off"},
+            )
+
+    async def close(self) -> None:
+        if self._pool is not None:
+            await self._pool.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[PgConnection]:
+        assert self._pool is not None, "open() first"
+        with translated():
+            raw = await self._pool.acquire(timeout=self._connect_seconds)
+        try:
+            yield PgConnection(cast("asyncpg.Connection[Any]", raw))
+        finally:
+            with translated():
+                await self._pool.release(raw)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[PgConnection]:
+        async with self.connection() as connection, connection.transaction():
+            yield connection

@@ -1,0 +1,112 @@
+"""What the rest of Sluice needs of the store of tasks: creation, guarded transitions, claims and checkpoints."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from shared.domain.checkpoint import Checkpoint
+from shared.domain.errors import SluiceError
+from shared.domain.task import AccountId, Command, Epoch, Kind, Task, TaskId, TaskState, Trigger
+from shared.ports.database import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class NewTask:
+    account_id: AccountId
+    kind: Kind
+    params: dict[str, Any]
+    bytes_total: int | None = None
+    max_bytes_per_second: int | None = None
+    idempotency_key: str | None = None
+    request_hash: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one batch adds. `bytes_total` and `rows_total` replace what was known, where they are given."""
+
+    bytes: int
+    rows: int
+    rejects: int = 0
+    bytes_total: int | None = None
+    rows_total: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the row says at a look at the controls."""
+
+    state: TaskState
+    max_bytes_per_second: int | None
+
+
+class TaskStore(Protocol):
+    async def create(self, new: NewTask, *, actor: str) -> tuple[Task, bool]:
+        """The task and True; or the earlier task with the same idempotency key and False.
+
+        Raises Conflict when that key was used with another request.
+        """
+        ...
+
+    async def get(self, task_id: TaskId, account_id: AccountId | None = None) -> Task | None: ...
+
+    async def claim(self, task_id: TaskId, worker: str, *, steal: bool) -> Task | None:
+        """Make this worker the task's only writer: epoch + 1 and a lease.
+
+        A task that another worker holds is taken only when its lease has ended, or with `steal`. None when there is
+        nothing to do: ended, paused, held by another, or not yet due. A task whose attempts are used up is failed
+        with NoProgress, and None is the answer.
+        """
+        ...
+
+    async def claim_rollback(self, task_id: TaskId, worker: str) -> Task | None:
+        """The same for a task that is `aborting`."""
+        ...
+
+    async def heartbeat(self, task_id: TaskId, epoch: Epoch) -> Standing:
+        """Extend the lease and look at the controls. Raises Fenced."""
+        ...
+
+    async def save_plan(
+        self, task_id: TaskId, epoch: Epoch, plan: dict[str, Any], *, bytes_total: int | None, rows_total: int | None
+    ) -> None:
+        """Store what the first claim found out. Raises Fenced."""
+        ...
+
+    async def commit_batch(
+        self, connection: Connection, task_id: TaskId, epoch: Epoch, checkpoint: Checkpoint, progress: Progress
+    ) -> Standing:
+        """Write the checkpoint inside the batch's transaction. Raises Fenced: then nothing of the batch may commit."""
+        ...
+
+    async def move(
+        self,
+        task_id: TaskId,
+        trigger: Trigger,
+        *,
+        actor: str,
+        reason: str | None = None,
+        epoch: Epoch | None = None,
+        error: SluiceError | None = None,
+        delay_seconds: float = 0.0,
+    ) -> Task | None:
+        """One guarded transition, with its audit row and what the bus must hear of it. None: the guard did not hold."""
+        ...
+
+    async def command(
+        self, task_id: TaskId, command: Command, *, account_id: AccountId | None, actor: str, reason: str | None
+    ) -> tuple[TaskState, TaskState] | None:
+        """Apply a user's command: the state before and after, the same where nothing moved. None: no such task."""
+        ...
+
+    async def succeed(
+        self, task_id: TaskId, epoch: Epoch, publish: Callable[[Connection], Awaitable[dict[str, Any]]], *, actor: str
+    ) -> Task | None:
+        """Publish the result and end the task in one transaction. None: fenced or aborted, and nothing is published."""
+        ...
+
+    async def rolled_back(
+        self, task_id: TaskId, epoch: Epoch, undo: Callable[[Connection], Awaitable[None]], *, actor: str
+    ) -> Task | None:
+        """Undo and end the task in one transaction. None: another worker has it."""
+        ...
