@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from shared.domain.messages import Message
+from shared.domain.messages import CommandReply, ControlCommand, Message
 
 
 class Publisher(Protocol):
@@ -15,4 +15,14 @@ class Publisher(Protocol):
 
     async def publish_json(self, exchange: str, routing_key: str, body: dict[str, object]) -> None:
         """The same for a message that lay in the outbox."""
+        ...
+
+
+class Control(Protocol):
+    async def ask(self, command: ControlCommand, *, timeout_seconds: float) -> CommandReply | None:
+        """Send a control command and wait for the control service's answer.
+
+        None: no answer in time; the command stays in its durable queue and will be carried out. Raises BusUnavailable
+        when the broker did not take it.
+        """
         ...
