@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 def part_size(number: int, part_bytes: int) -> int:
     """The size of part `number`, at least `part_bytes`.
 
-    It doubles every 1000 parts, up to 32 times, so that 10,000 parts hold 1.5 TB with parts of 8 MiB at first.
+    It doubles every 1000 parts, up to 32 times, so that 10,000 parts hold 1.5 TB from 8 MiB on.
     """
     return part_bytes << min((number - 1) // 1000, 5)
 

@@ -29,7 +29,7 @@ class Piece:
 
 
 def plan_parts(sizes: Sequence[int]) -> list[list[Piece]]:
-    """The parts that join sources of these sizes; one of several pieces has to be carried by hand, and is small."""
+    """The parts that join sources of these sizes; one of several pieces is small and carried by hand."""
     plan: list[list[Piece]] = []
     small: list[Piece] = []
     small_bytes = 0

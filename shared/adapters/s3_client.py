@@ -87,13 +87,15 @@ class S3Client:
         return yarl.URL(url, encoded=True)  # quoting it again would break the signature
 
     async def call(self, work: Callable[[Minio], T], *, key: str = "", patient: bool = False) -> T:
-        """Run `work` in a thread. A cancel waits for it, so that nothing of ours is still under way after it."""
+        """Run `work` in a thread. A cancel waits for it, so that nothing is under way any more after it."""
         client = self._patient if patient else self._quick
         running = asyncio.get_running_loop().run_in_executor(self._threads, work, client)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
             await asyncio.wait([running])
+            if not running.cancelled():
+                running.exception()  # the cancel outranks it
             raise
         except (MinioException, urllib3.exceptions.HTTPError, ParseError) as error:
             raise self.translate(error, key) from error

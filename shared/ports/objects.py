@@ -15,7 +15,7 @@ MAX_PARTS = 10_000
 
 Buffer = bytes | bytearray | memoryview
 Body = Buffer | Sequence[Buffer]
-"""Bytes to send, whole or in pieces. They are read again when a send is repeated: do not change them meanwhile."""
+"""Bytes to send, whole or in pieces; a repeated send reads them again, so do not change them meanwhile."""
 
 UploadHook = Callable[[str], Awaitable[None]]
 """Is told a new upload id before the first part is sent, so that it can be written down first."""
