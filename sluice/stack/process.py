@@ -1,0 +1,163 @@
+"""One program in a session of its own, with a log file, and everything that it started."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from sluice.stack.errors import StackError
+
+# Set in each process of a stack. Whatever outlives a killed stack is found by it, with no list of pids
+# that could go stale or name somebody else's process.
+MARK = "SLUICE_STACK_HOME"
+
+
+def server_environment(home: Path) -> dict[str, str]:
+    """Return the little that a server needs to know of its caller's environment."""
+    return {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", MARK: str(home)}
+
+
+class Process:
+    """A program that is started, stopped, killed or frozen as a whole."""
+
+    def __init__(self, name: str, log: Path, *, stop_signal: signal.Signals = signal.SIGTERM) -> None:
+        self.name = name
+        self.log = log
+        self._stop_signal = stop_signal
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id; raises StackError before the first start."""
+        return self._started().pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        return self._started().poll()
+
+    def is_running(self) -> bool:
+        """Tell whether it was started and has not ended."""
+        return self._popen is not None and self._popen.poll() is None
+
+    def start(
+        self, argv: Sequence[str | Path], *, env: Mapping[str, str], cwd: Path, user: str | None = None
+    ) -> None:
+        """Start the program; output is appended to its log."""
+        if self.is_running():
+            raise StackError(f"{self.name} already runs (process {self.pid})")
+        with self.log.open("ab") as log:
+            # A session of its own: Ctrl-C in the terminal reaches only us, and we stop things in order.
+            self._popen = subprocess.Popen(
+                [str(word) for word in argv],
+                env=env,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
+            )
+
+    def wait_ready(self, is_ready: Callable[[], bool], timeout: float) -> None:
+        """Poll until ready; raises StackError with the end of the log when it ends or time is up."""
+        deadline = time.monotonic() + timeout
+        while not is_ready():
+            if not self.is_running():
+                trouble = f"ended with status {self.exit_status}"
+            elif time.monotonic() > deadline:
+                trouble = f"was not ready after {timeout:.0f} s"
+            else:
+                time.sleep(0.05)
+                continue
+            raise StackError(f"{self.name} {trouble}; the end of {self.log}:\n{self.log_tail()}")
+
+    def request_stop(self) -> None:
+        """Ask it to end, without waiting."""
+        if self.is_running():
+            self._started().send_signal(self._stop_signal)
+            self.resume()
+
+    def stop(self, timeout: float = 20.0) -> None:
+        """Ask it to end and wait; what is left after `timeout` seconds is killed. Idempotent."""
+        if self._popen is None:
+            return
+        tree = self._tree()
+        self.request_stop()
+        try:
+            self._popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            print(f"{self.name} did not stop in {timeout:.0f} s and is killed", file=sys.stderr)
+            self.kill()
+        kill_all(tree[1:], patience=3.0)
+
+    def kill(self) -> None:
+        """SIGKILL to it and to all that it started; returns when they are gone."""
+        if self._popen is None:
+            return
+        tree = self._tree()
+        self._popen.kill()
+        self._popen.wait()
+        kill_all(tree[1:])
+
+    def pause(self) -> None:
+        """Freeze it and all that it started (SIGSTOP): alive, connected, and silent."""
+        for process in self._tree():
+            process.suspend()
+
+    def resume(self) -> None:
+        """Let a frozen program go on."""
+        for process in self._tree():
+            process.resume()
+
+    def log_tail(self, lines: int = 30) -> str:
+        """Return the end of its log."""
+        if not self.log.exists():
+            return ""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._popen is None:
+            raise StackError(f"{self.name} was not started here")
+        return self._popen
+
+    def _tree(self) -> list[psutil.Process]:
+        if not self.is_running():
+            return []
+        try:
+            root = psutil.Process(self.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def kill_all(processes: Sequence[psutil.Process], *, patience: float = 0.0) -> None:
+    """Wait `patience` seconds for the processes to end, kill the others, and see them gone."""
+    _, alive = psutil.wait_procs(processes, timeout=patience)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(alive, timeout=10)
+    if alive:
+        raise StackError(f"could not kill {', '.join(str(process) for process in alive)}")
+
+
+def marked_processes(home: Path) -> list[psutil.Process]:
+    """Return the running processes that carry the mark of this home."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(home):
+                found.append(process)
+        except psutil.Error:  # ended meanwhile, a zombie, or another user's
+            continue
+    return found

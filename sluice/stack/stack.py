@@ -1,0 +1,157 @@
+"""A whole Sluice on one machine: servers, unless the environment names others, and services on top."""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sluice.stack.errors import StackError
+from sluice.stack.home import Home
+from sluice.stack.postgres import Postgres
+from sluice.stack.process import kill_all, marked_processes
+from sluice.stack.rabbitmq import RabbitMQ
+from sluice.stack.seaweedfs import SeaweedFS
+from sluice.stack.server import Server
+from sluice.stack.services import Service
+
+
+def say(message: str) -> None:
+    """Tell a person, without getting into the way of a program's output."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def default_home() -> Path:
+    """Return the folder that SLUICE_HOME names, else `.sluice` in the current one."""
+    return Path(os.environ.get("SLUICE_HOME") or ".sluice")
+
+
+class Stack:
+    """Embedded PostgreSQL, RabbitMQ and SeaweedFS, and service processes that use them.
+
+    A server is not started when `given` (by default the environment) has its variables. `fast` makes
+    PostgreSQL unsafe against a crash of the machine: for tests, never for benchmarks. Use as a context
+    manager, or call `start` and `stop`; all calls block, so a coroutine runs the slow ones in a thread.
+    """
+
+    def __init__(
+        self,
+        home: Path | None = None,
+        *,
+        fast: bool = False,
+        default_ports: bool = False,
+        given: Mapping[str, str] = os.environ,
+        report: Callable[[str], None] = say,
+    ) -> None:
+        self.home = Home(home or default_home(), default_ports=default_ports)
+        self.postgres = Postgres(self.home, fast=fast)
+        self.rabbitmq = RabbitMQ(self.home)
+        self.seaweedfs = SeaweedFS(self.home)
+        self.services: list[Service] = []
+        self._report = report
+        self._given: dict[str, str] = {}
+        self.servers: list[Server] = []
+        for server, variables in (
+            (self.postgres, ["SLUICE_POSTGRES_DSN"]),
+            (self.rabbitmq, ["SLUICE_AMQP_URL"]),
+            (self.seaweedfs, ["SLUICE_S3_ENDPOINT", "SLUICE_S3_ACCESS_KEY", "SLUICE_S3_SECRET_KEY"]),
+        ):
+            named = {name: given[name] for name in variables if given.get(name)}
+            if not named:
+                self.servers.append(server)
+            elif len(named) < len(variables):
+                missing = ", ".join(name for name in variables if name not in named)
+                raise StackError(f"{', '.join(named)} is set but {missing} is not: set all of them or none")
+            self._given |= named
+
+    @classmethod
+    def temporary(cls, *, fast: bool = False, given: Mapping[str, str] = os.environ) -> Self:
+        """Return a stack with a folder and ports of its own, to be ended with `purge`."""
+        return cls(Path(tempfile.mkdtemp(prefix="sluice-")), fast=fast, given=given)
+
+    def start(self) -> None:
+        """Start the servers side by side and wait until they answer. Raises StackError."""
+        self.home.lock()
+        try:
+            self._stop_leftovers()
+            self.home.fresh_logs()
+            for server in self.servers:
+                server.prepare()
+            begun = time.monotonic()
+            # PostgreSQL last: its first start makes the cluster here while the others boot.
+            for server in reversed(self.servers):
+                server.start()
+            for server in self.servers:
+                self._report(f"waiting for {server.title} on {server.address} ...")
+                server.wait_ready()
+            if self.servers:
+                self._report(f"servers ready after {time.monotonic() - begun:.1f} s")
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop services, then servers, and leave no process behind; data stays. Idempotent."""
+        try:
+            for service in self.services:
+                service.process.request_stop()
+            for service in self.services:
+                service.terminate()
+            self.services.clear()
+            for server in self.servers:
+                server.process.request_stop()
+            for server in self.servers:
+                server.stop()
+        finally:
+            self._stop_leftovers()
+            self.home.unlock()
+
+    def purge(self) -> None:
+        """Kill whatever runs and delete all data, also what lies outside the folder."""
+        self.home.lock()
+        for one in (*self.services, *self.servers):
+            one.kill()
+        self.services.clear()
+        try:
+            self._stop_leftovers()
+            self.postgres.purge()
+            self.home.purge()
+        finally:
+            self.home.unlock()
+
+    def environment(self) -> dict[str, str]:
+        """Return the SLUICE_* variables with which services and tests find the servers."""
+        found = dict(self._given)
+        for server in self.servers:
+            found |= server.environment()
+        return found
+
+    def spawn(self, name: str, count: int = 1, environment: Mapping[str, str] | None = None) -> list[Service]:
+        """Start processes of a service (a key of SERVICES); they may not be ready yet."""
+        spawned = []
+        for _ in range(count):
+            number = sum(service.name.rpartition("-")[0] == name for service in self.services) + 1
+            service = Service(self.home, name, number, {**self.environment(), **(environment or {})})
+            self.services.append(service)
+            service.start()
+            spawned.append(service)
+        return spawned
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _stop_leftovers(self) -> None:
+        left = marked_processes(self.home.path)
+        if left:
+            self._report(f"stopping {len(left)} processes that an earlier run left behind")
+            kill_all(left)
+        self.postgres.kill_orphans()
