@@ -6,7 +6,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-type_note = "The PostgreSQL type of the column."
 
 class ColumnType(StrEnum):
     """Column types that an import can create; `uuid` and `jsonb` only when the user asks for them."""
@@ -22,20 +21,25 @@ class ColumnType(StrEnum):
     UUID = "uuid"
     JSONB = "jsonb"
 
+
 class Compression(StrEnum):
     NONE = "none"
     GZIP = "gzip"
 
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
 
 class ColumnOption(_Strict):
     """One column of the file; what is left out comes from the header or is guessed."""
 
     name: Annotated[str, Field(min_length=1)] | None = None
-    type: ColumnType | None = Field(default=None)
+    type: ColumnType | None = None
+
 
 _OneByte = Annotated[str, Field(min_length=1, max_length=1, pattern=r"^[\x01-\x09\x0b\x0c\x0e-\x7f]$")]
+
 
 class CsvOptions(_Strict):
     """Overrides for reading a CSV file. PostgreSQL's COPY allows one ASCII character per separator."""
@@ -46,9 +50,7 @@ class CsvOptions(_Strict):
     quote: _OneByte | Literal[""] | None = Field(default=None, description="Empty: nothing is quoted.")
     escape: _OneByte | None = Field(default=None, description="Escapes a quote; the quote itself by default.")
     header: bool | None = Field(default=None, description="Whether the first record holds column names.")
-    null: str | None = Field(
-        default=None, description="The unquoted text that means NULL; empty text by default."
-    )
+    null: str | None = Field(default=None, description="The unquoted text that means NULL; empty text by default.")
     columns: list[ColumnOption] | dict[str, ColumnType] | None = Field(
         default=None,
         description="Either every column in file order, or types for some columns by name.",

@@ -1,0 +1,137 @@
+"""From the object's encoding to UTF-8, such that positions stay byte offsets in the object.
+
+Where every character that CSV cares about is one byte that no other character contains, records are cut
+in the object's own bytes and transcoded afterwards. UTF-16 and UTF-32 are decoded before the cut. Bytes
+that the encoding does not know become bytes that are not UTF-8 either, so that the server refuses the
+record that holds them, and that record alone.
+"""
+
+import codecs
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import charset_normalizer
+
+
+class Decoder(Protocol):
+    def decode(self, chunk: bytes, final: bool = False) -> bytes: ...
+
+
+class _AsIs:
+    def decode(self, chunk: bytes, final: bool = False) -> bytes:
+        return chunk
+
+
+class _WideDecoder:
+    """UTF-16 or UTF-32 to UTF-8; lone surrogates and a cut-off last character become invalid UTF-8."""
+
+    def __init__(self, name: str) -> None:
+        self._decoder = codecs.getincrementaldecoder(name)("surrogatepass")
+
+    def decode(self, chunk: bytes, final: bool = False) -> bytes:
+        text = self._decoder.decode(chunk)
+        data = text.encode("utf-8", "surrogatepass")
+        if final and self._decoder.getstate()[0]:
+            data += b"\xff"
+        return data
+
+
+@dataclass(frozen=True)
+class Encoding:
+    name: str
+
+    @cached_property
+    def _is_utf8(self) -> bool:
+        return codecs.lookup(self.name).name in ("utf-8", "ascii")
+
+    @cached_property
+    def is_wide(self) -> bool:
+        return codecs.lookup(self.name).name.startswith(("utf-16", "utf-32"))
+
+    def decoder(self) -> Decoder:
+        """What chunks of the object go through before they are cut."""
+        return _WideDecoder(self.name) if self.is_wide else _AsIs()
+
+    def source_bytes(self, block: bytes) -> int:
+        """How many bytes of the object a block that came out of `decoder` takes."""
+        if not self.is_wide:
+            return len(block)
+        return len(block.decode("utf-8", "surrogatepass").encode(self.name, "surrogatepass"))
+
+    def to_utf8(self, block: bytes) -> bytes:
+        """A block of whole records as UTF-8."""
+        if self._is_utf8 or self.is_wide:
+            return block
+        return block.decode(self.name, "surrogateescape").encode("utf-8", "surrogatepass")
+
+
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+# Single-byte encodings of western Europe, which a sample can hardly tell apart: cp1252 is what files hold.
+_WESTERN = frozenset({"ascii", "cp1252", "latin_1", "iso8859_1", "iso8859_15", "cp1250", "cp1254", "cp1257", "cp1258"})
+_CHARSET_SAMPLE_BYTES = 32 << 10
+_BYTE_ORDERS = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}
+_ESCAPED = re.compile("[\udc80-\udcff]")
+_NON_ASCII = re.compile("[^\x00-\x7f\udc80-\udcff]")
+_LINE_WITH_HIGH_BYTE = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*[\r\n]*")
+
+
+def guess_encoding(head: bytes, chosen: str | None, whole: bool) -> tuple[str, int, list[dict[str, Any]]]:
+    """The encoding, the length of the byte order mark, and notes; `head` is how the file begins."""
+    marked = next(((name, len(bom)) for bom, name in _BOMS if head.startswith(bom)), None)
+    if chosen is not None:
+        name = codecs.lookup(chosen).name
+        name = "utf-8" if name == "utf-8-sig" else name
+        if marked and marked[0].startswith(name):
+            return *marked, []
+        return _BYTE_ORDERS.get(name, name), 0, []
+    if marked:
+        return *marked, []
+    wide = _wide_without_mark(head)
+    if wide:
+        return wide, 0, [_guessed(wide)]
+    text = head.decode("utf-8", "surrogateescape")
+    bad = len(_ESCAPED.findall(text)) - (0 if whole else len(_ESCAPED.findall(text[-3:])))
+    if not bad:
+        return "utf-8", 0, []
+    good = len(_NON_ASCII.findall(text))
+    if good > bad:
+        return (
+            "utf-8",
+            0,
+            [{"note": f"{bad} sampled bytes are not valid UTF-8; the server will refuse their records."}],
+        )
+    name = _legacy_encoding(head)
+    return name, 0, [_guessed(name)]
+
+
+def _guessed(name: str) -> dict[str, Any]:
+    return {"note": f"The encoding was guessed to be {name}; set `encoding` if text comes out wrong."}
+
+
+def _wide_without_mark(head: bytes) -> str | None:
+    """UTF-16 text that is mostly ASCII has a zero in every other byte."""
+    for name, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[0::2])):
+        if len(head) >= 4 and zeros.count(0) > 0.7 * len(zeros):
+            return name
+    return None
+
+
+def _legacy_encoding(head: bytes) -> str:
+    lines = b"".join(match.group() for match in _LINE_WITH_HIGH_BYTE.finditer(head))[:_CHARSET_SAMPLE_BYTES]
+    best = charset_normalizer.from_bytes(lines).best()
+    name = best.encoding if best else "cp1252"
+    if name in _WESTERN:
+        try:
+            head.decode("cp1252")
+        except UnicodeDecodeError:
+            return "latin-1"
+        return "cp1252"
+    return codecs.lookup(name).name

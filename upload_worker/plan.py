@@ -1,0 +1,67 @@
+"""How one CSV file is read: decided once by sniffing, then stored in the task's checkpoint."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared.domain.csv_options import ColumnType, Compression
+
+# COPY always has a quote character; a file without quoting gets one that text does not contain.
+NO_QUOTE = "\x01"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Dialect(_Frozen):
+    """The three characters of COPY's CSV format, each one ASCII byte."""
+
+    delimiter: str = ","
+    quote: str = '"'
+    escape: str = '"'
+
+    @property
+    def delimiter_byte(self) -> bytes:
+        return self.delimiter.encode()
+
+    @property
+    def quote_byte(self) -> bytes:
+        return self.quote.encode()
+
+    @property
+    def escape_byte(self) -> bytes:
+        return self.escape.encode()
+
+
+class Column(_Frozen):
+    name: str
+    type: ColumnType
+    source_name: str | None = Field(default=None, description="As in the file's header; None without one.")
+
+
+class CsvPlan(_Frozen):
+    """Everything that cutting and COPY need to know about the file.
+
+    Positions are byte offsets in the uncompressed object, in the object's own encoding.
+    """
+
+    compression: Compression
+    encoding: str
+    data_start: int = Field(description="Position of the first byte after byte order mark and header.")
+    header_lines: int = Field(description="Physical lines before `data_start`.")
+    dialect: Dialect
+    null: str
+    columns: list[Column]
+    notes: list[dict[str, Any]] = Field(default_factory=list)
+    record_bytes: float = Field(default=0, description="Average bytes of a sampled record; 0 if none was seen.")
+
+    @property
+    def skips_blank_lines(self) -> bool:
+        """Blank lines are no records, except in a one-column file, where COPY writes NULL as a blank line."""
+        return len(self.columns) > 1
+
+    @property
+    def force_null(self) -> list[str]:
+        """Columns for COPY's FORCE_NULL: a quoted empty field cannot be a number or a date, so it is NULL."""
+        return [column.name for column in self.columns if column.type is not ColumnType.TEXT]
