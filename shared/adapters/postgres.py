@@ -9,7 +9,7 @@ Considerations
 """
 
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
@@ -50,10 +50,17 @@ def translated() -> Iterator[None]:
     """Driver errors become ours; a programming error stays what it is."""
     try:
         yield
-    except (pg.BadCopyFileFormatError, pg.DataError, pg.IntegrityConstraintViolationError, pg.ProgramLimitExceededError) as error:
+    except (
+        pg.BadCopyFileFormatError,
+        pg.DataError,
+        pg.IntegrityConstraintViolationError,
+        pg.ProgramLimitExceededError,
+    ) as error:
         raise _data_error(cast(asyncpg.PostgresError, error)) from error
     except pg.LockNotAvailableError as error:
-        raise LockTimeout("the table is being read or changed by somebody else for too long; try again later") from error
+        raise LockTimeout(
+            "the table is being read or changed by somebody else for too long; try again later"
+        ) from error
     except pg.QueryCanceledError as error:
         raise StatementTimeout("the statement took longer than allowed") from error
     except (pg.DeadlockDetectedError, pg.SerializationError) as error:
@@ -93,7 +100,7 @@ class PgConnection:
 
     async def execute(self, sql: str, *args: object) -> str:
         with translated():
-            return cast(str, await self._raw.execute(sql, *args))
+            return await self._raw.execute(sql, *args)
 
     async def fetch(self, sql: str, *args: object) -> Sequence[Mapping[str, Any]]:
         with translated():
@@ -126,13 +133,11 @@ class PgConnection:
         self, schema: str, table: str, source: Any, *, columns: Sequence[str] | None = None, **options: Any
     ) -> int:
         with translated():
-            status = await self._raw.copy_to_table(
-                table, schema_name=schema, columns=columns, source=source, **options
-            )
+            status = await self._raw.copy_to_table(table, schema_name=schema, columns=columns, source=source, **options)
         return int(status.rpartition(" ")[2])
 
     async def copy_out(
-        self, query: str, *args: object, sink: Callable[[bytes], Awaitable[None]], **options: Any
+        self, query: str, *args: object, sink: Callable[[bytes], Coroutine[Any, Any, None]], **options: Any
     ) -> int:
         with translated():
             status = await self._raw.copy_from_query(query, *args, output=sink, **options)
@@ -146,7 +151,7 @@ class PgConnection:
 
     @property
     def backend_pid(self) -> int:
-        return cast(int, self._raw.get_server_pid())
+        return self._raw.get_server_pid()
 
 
 async def _set_up(raw: "asyncpg.Connection[Any]") -> None:

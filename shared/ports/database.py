@@ -1,6 +1,6 @@
 """What the rest of Sluice needs of PostgreSQL: connections, transactions and COPY, with errors of our own."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class Connection(Protocol):
         ...
 
     async def copy_out(
-        self, query: str, *args: object, sink: Callable[[bytes], Awaitable[None]], **options: Any
+        self, query: str, *args: object, sink: Callable[[bytes], Coroutine[Any, Any, None]], **options: Any
     ) -> int:
         """`COPY (query) TO STDOUT` and the number of rows; `sink` is awaited with each piece."""
         ...

@@ -87,7 +87,10 @@ class ObjectStore(Protocol):
         """Store part `number`, from 1; a repeat overwrites. Raises `UploadMissing`, `IntegrityMismatch`."""
 
     async def list_parts(self, key: str, upload_id: str) -> list[Part]:
-        """All parts of an upload by number. Raises `UploadMissing`."""
+        """The parts of an upload by number. Raises `UploadMissing`.
+
+        A number that was sent with different bytes within one second may be absent: send it again.
+        """
 
     async def complete_upload(self, key: str, upload_id: str, parts: Sequence[Part]) -> str:
         """Make the parts one object and return its ETag.

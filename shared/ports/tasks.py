@@ -59,7 +59,7 @@ class TaskStore(Protocol):
         """
         ...
 
-    async def claim_rollback(self, task_id: TaskId, worker: str) -> Task | None:
+    async def claim_rollback(self, task_id: TaskId, worker: str, *, steal: bool) -> Task | None:
         """The same for a task that is `aborting`."""
         ...
 
@@ -68,13 +68,24 @@ class TaskStore(Protocol):
         ...
 
     async def save_plan(
-        self, task_id: TaskId, epoch: Epoch, plan: dict[str, Any], *, bytes_total: int | None, rows_total: int | None
+        self,
+        task_id: TaskId,
+        epoch: Epoch,
+        plan: dict[str, Any],
+        *,
+        bytes_total: int | None,
+        rows_total: int | None,
     ) -> None:
         """Store what the first claim found out. Raises Fenced."""
         ...
 
     async def commit_batch(
-        self, connection: Connection, task_id: TaskId, epoch: Epoch, checkpoint: Checkpoint, progress: Progress
+        self,
+        connection: Connection,
+        task_id: TaskId,
+        epoch: Epoch,
+        checkpoint: Checkpoint,
+        progress: Progress,
     ) -> Standing:
         """Write the checkpoint inside the batch's transaction. Raises Fenced: then nothing of the batch may commit."""
         ...
@@ -94,13 +105,24 @@ class TaskStore(Protocol):
         ...
 
     async def command(
-        self, task_id: TaskId, command: Command, *, account_id: AccountId | None, actor: str, reason: str | None
+        self,
+        task_id: TaskId,
+        command: Command,
+        *,
+        account_id: AccountId | None,
+        actor: str,
+        reason: str | None,
     ) -> tuple[TaskState, TaskState] | None:
         """Apply a user's command: the state before and after, the same where nothing moved. None: no such task."""
         ...
 
     async def succeed(
-        self, task_id: TaskId, epoch: Epoch, publish: Callable[[Connection], Awaitable[dict[str, Any]]], *, actor: str
+        self,
+        task_id: TaskId,
+        epoch: Epoch,
+        publish: Callable[[Connection], Awaitable[dict[str, Any]]],
+        *,
+        actor: str,
     ) -> Task | None:
         """Publish the result and end the task in one transaction. None: fenced or aborted, and nothing is published."""
         ...

@@ -1,0 +1,83 @@
+"""The outbox in PostgreSQL, and the relay that sends what was left in it.
+
+Considerations
+- A row is deleted only after the broker has confirmed its message: a crash in between sends it twice. Consumers are
+  idempotent.
+- The direct send after a commit and the relay cannot both hold a row: the relay skips locked rows and leaves young
+  ones to the sender.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+
+from shared.domain.errors import BusUnavailable
+from shared.domain.messages import Message
+from shared.ports.bus import Publisher
+from shared.ports.database import Connection, Database
+from shared.ports.outbox import Post
+
+log = structlog.get_logger()
+
+_INSERT = """
+INSERT INTO sluice.outbox (exchange, routing_key, body, due_at)
+VALUES ($1, $2, $3, now() + make_interval(secs => $4)) RETURNING outbox_id
+"""
+_DELETE = "DELETE FROM sluice.outbox WHERE outbox_id = ANY($1)"
+_DUE = """
+SELECT outbox_id, exchange, routing_key, body FROM sluice.outbox
+WHERE due_at <= now() - make_interval(secs => $1)
+ORDER BY outbox_id LIMIT $2 FOR UPDATE SKIP LOCKED
+"""
+
+
+class PgOutbox:
+    """The `Outbox` port. With `publisher` None nothing is sent at once: the relay of another process does it."""
+
+    def __init__(self, publisher: Publisher | None) -> None:
+        self._publisher = publisher
+
+    @asynccontextmanager
+    async def transaction(self, database: Database) -> AsyncIterator[tuple[Connection, Post]]:
+        posted: list[tuple[int, str, str, Message]] = []
+        async with database.transaction() as connection:
+
+            async def post(exchange: str, routing_key: str, message: Message, delay_seconds: float) -> None:
+                body = message.model_dump(mode="json")
+                outbox_id = await connection.fetchval(_INSERT, exchange, routing_key, body, delay_seconds)
+                if delay_seconds <= 0:
+                    posted.append((outbox_id, exchange, routing_key, message))
+
+            yield connection, post
+        if posted:
+            await self._send(database, posted)
+
+    async def _send(self, database: Database, posted: list[tuple[int, str, str, Message]]) -> None:
+        if self._publisher is None:
+            return
+        sent: list[int] = []
+        try:
+            for outbox_id, exchange, routing_key, message in posted:
+                await self._publisher.publish(exchange, routing_key, message)
+                sent.append(outbox_id)
+        except BusUnavailable as error:
+            log.warning("left in the outbox for the relay", messages=len(posted) - len(sent), error=error.detail)
+        if sent:
+            async with database.connection() as connection:
+                await connection.execute(_DELETE, sent)
+
+
+async def relay(database: Database, publisher: Publisher, *, older_than_seconds: float, limit: int = 200) -> int:
+    """Send what is due and was not sent at once; answers how many. Raises BusUnavailable and DatabaseUnavailable."""
+    async with database.transaction() as connection:
+        rows = await connection.fetch(_DUE, older_than_seconds, limit)
+        sent: list[int] = []
+        try:
+            for row in rows:
+                await publisher.publish_json(row["exchange"], row["routing_key"], row["body"])
+                sent.append(row["outbox_id"])
+        finally:
+            if sent:
+                await connection.execute(_DELETE, sent)
+    return len(sent)

@@ -1,0 +1,415 @@
+"""Tasks in PostgreSQL: guarded transitions, claims, leases and checkpoints.
+
+Considerations
+- Every transition is one guarded UPDATE that names the states it may leave; whoever comes second changes nothing.
+  In the same transaction it writes its audit row and its outbox rows, so that nothing happens without being told.
+- Claims raise the epoch. Whoever holds an older one is fenced: its batches roll back with their rows.
+- A batch commits with `synchronous_commit` off (see the runner): a crash of the server itself may lose the last
+  batches, but rows and checkpoint together. Transitions commit synchronously, and with that all before them.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from shared.domain.checkpoint import Checkpoint
+from shared.domain.errors import Conflict, Fenced, NoProgress, SluiceError
+from shared.domain.messages import BROADCAST_EXCHANGE, COMMANDS_EXCHANGE, EVENTS_EXCHANGE, TaskEvent, hint
+from shared.domain.task import (
+    EDGES,
+    AccountId,
+    Command,
+    Epoch,
+    Event,
+    Kind,
+    Task,
+    TaskId,
+    TaskState,
+    Trigger,
+    answer,
+)
+from shared.ports.database import Connection, Database
+from shared.ports.outbox import Outbox, Post
+from shared.ports.tasks import NewTask, Progress, Standing
+
+_BROADCAST = frozenset({Event.PAUSE_REQUESTED, Event.PAUSE_WITHDRAWN, Event.ABORT_REQUESTED, Event.EXPIRED, Event.LOST})
+_COLUMNS = ", ".join(f"t.{f.name}" for f in fields(Task))
+
+_CREATE = f"""
+INSERT INTO sluice.tasks AS t (account_id, kind, state, params, bytes_total, max_bytes_per_second, idempotency_key,
+                               request_hash)
+VALUES ($1, $2, 'queued', $3, $4, $5, $6, $7)
+ON CONFLICT (account_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+RETURNING {_COLUMNS}
+"""  # noqa: S608 - the columns are the fields of Task
+
+_EARLIER = f"""
+SELECT {_COLUMNS}, t.request_hash FROM sluice.tasks t WHERE account_id = $1 AND idempotency_key = $2
+"""  # noqa: S608
+
+_GET = f"""
+SELECT {_COLUMNS} FROM sluice.tasks t WHERE task_id = $1 AND ($2::bigint IS NULL OR account_id = $2)
+"""  # noqa: S608
+
+# $2: {"state": "next state"} for the states that may be left. The other columns follow from the next state alone.
+_MOVE = f"""
+WITH before AS (
+    SELECT task_id, state, claimed_at FROM sluice.tasks
+    WHERE task_id = $1 AND $2::jsonb ? state AND ($3::bigint IS NULL OR epoch = $3)
+    FOR UPDATE
+)
+UPDATE sluice.tasks t SET
+    state       = $2::jsonb ->> before.state,
+    error       = CASE $2::jsonb ->> before.state
+                      WHEN 'failed' THEN $4::jsonb WHEN 'queued' THEN $4::jsonb ELSE t.error END,
+    result      = coalesce($5::jsonb, t.result),
+    attempts    = CASE WHEN $9 AND NOT $2::jsonb ->> before.state = 'failed' THEN 0 ELSE t.attempts END,
+    worker      = CASE WHEN $2::jsonb ->> before.state IN ('running', 'pausing') THEN t.worker END,
+    lease_until = CASE WHEN $2::jsonb ->> before.state IN ('running', 'pausing') THEN t.lease_until END,
+    claimed_at  = CASE WHEN $2::jsonb ->> before.state IN ('running', 'pausing') THEN t.claimed_at END,
+    running_seconds = t.running_seconds
+        + CASE WHEN $2::jsonb ->> before.state NOT IN ('running', 'pausing') AND before.claimed_at IS NOT NULL
+               THEN extract(epoch FROM clock_timestamp() - before.claimed_at) ELSE 0 END,
+    not_before  = CASE $2::jsonb ->> before.state
+                      WHEN 'queued' THEN now() + make_interval(secs => $6) ELSE t.not_before END,
+    announced_at = CASE WHEN $2::jsonb ->> before.state IN ('queued', 'aborting')
+                      THEN now() + make_interval(secs => $6) ELSE t.announced_at END,
+    expires_at  = CASE $2::jsonb ->> before.state WHEN 'paused' THEN now() + make_interval(secs => $7)
+                      WHEN 'failed' THEN now() + make_interval(secs => $8) END,
+    ended_at    = CASE WHEN $2::jsonb ->> before.state IN ('succeeded', 'failed', 'aborted') THEN now() END,
+    updated_at  = now()
+FROM before WHERE t.task_id = before.task_id
+RETURNING {_COLUMNS}, before.state AS previous
+"""  # noqa: S608
+
+# The claim of a task that is waiting and due. `attempts` counts claims since the last committed batch.
+_CLAIM = f"""
+WITH before AS (
+    SELECT task_id, state FROM sluice.tasks
+    WHERE task_id = $1 AND state = 'queued' AND (not_before IS NULL OR not_before <= now())
+    FOR UPDATE
+)
+UPDATE sluice.tasks t SET state = 'running', epoch = t.epoch + 1, attempts = t.attempts + 1, claims = t.claims + 1,
+    worker = $2, lease_until = now() + make_interval(secs => $3), claimed_at = clock_timestamp(),
+    started_at = coalesce(t.started_at, now()), not_before = NULL, updated_at = now()
+FROM before WHERE t.task_id = before.task_id
+RETURNING {_COLUMNS}, before.state AS previous
+"""  # noqa: S608
+
+_IS_LOST = """
+SELECT true FROM sluice.tasks WHERE task_id = $1 AND state IN ('running', 'pausing') AND ($2 OR lease_until < now())
+FOR UPDATE
+"""
+
+_CLAIM_ROLLBACK = f"""
+UPDATE sluice.tasks t SET epoch = t.epoch + 1, worker = $2, lease_until = now() + make_interval(secs => $3),
+    updated_at = now()
+WHERE task_id = $1 AND state = 'aborting' AND (lease_until IS NULL OR lease_until < now() OR worker = $2 OR $4)
+RETURNING {_COLUMNS}
+"""  # noqa: S608
+
+_HEARTBEAT = """
+UPDATE sluice.tasks SET lease_until = now() + make_interval(secs => $3), updated_at = now()
+WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing', 'aborting')
+RETURNING state, max_bytes_per_second
+"""
+
+_SAVE_PLAN = """
+UPDATE sluice.tasks SET plan = $3, bytes_total = coalesce($4, bytes_total), rows_total = coalesce($5, rows_total),
+    updated_at = now()
+WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')
+RETURNING true
+"""
+
+_COMMIT_BATCH = """
+UPDATE sluice.tasks SET checkpoint = $3, bytes_done = bytes_done + $4, rows_done = rows_done + $5,
+    rejects = rejects + $6, bytes_total = coalesce($7, bytes_total), rows_total = coalesce($8, rows_total),
+    attempts = 0, lease_until = now() + make_interval(secs => $9), updated_at = now()
+WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')
+RETURNING state, max_bytes_per_second
+"""
+
+_LOG_EVENT = """
+INSERT INTO sluice.task_events (task_id, event, from_state, to_state, epoch, actor, reason)
+VALUES ($1, $2, $3, $4, $5, $6, $7)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StorePolicy:
+    """Times in seconds; `max_attempts` claims without a committed batch."""
+
+    lease_seconds: float
+    max_attempts: int
+    paused_expiry_seconds: float
+    failed_expiry_seconds: float
+
+
+def _task(row: Mapping[str, Any]) -> Task:
+    values = {f.name: row[f.name] for f in fields(Task)}
+    return Task(**{**values, "kind": Kind(values["kind"]), "state": TaskState(values["state"])})
+
+
+class PgTaskStore:
+    """The `TaskStore` port on PostgreSQL."""
+
+    def __init__(self, database: Database, outbox: Outbox, policy: StorePolicy) -> None:
+        self._database = database
+        self._outbox = outbox
+        self._policy = policy
+
+    async def create(self, new: NewTask, *, actor: str) -> tuple[Task, bool]:
+        async with self._outbox.transaction(self._database) as (connection, post):
+            row = await connection.fetchrow(
+                _CREATE,
+                new.account_id,
+                new.kind,
+                new.params,
+                new.bytes_total,
+                new.max_bytes_per_second,
+                new.idempotency_key,
+                new.request_hash,
+            )
+            if row is not None:
+                task = _task(row)
+                await self._tell(connection, post, task, None, Event.QUEUED, actor, None, 0.0)
+                return task, True
+            earlier = await connection.fetchrow(_EARLIER, new.account_id, new.idempotency_key)
+            if earlier is None:
+                raise Conflict("the request with this Idempotency-Key is still being handled; try again")
+            if earlier["request_hash"] != new.request_hash:
+                raise Conflict(
+                    "this Idempotency-Key was used with another request; use a new key",
+                    task_id=earlier["task_id"],
+                )
+            return _task(earlier), False
+
+    async def get(self, task_id: TaskId, account_id: AccountId | None = None) -> Task | None:
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(_GET, task_id, account_id)
+            return None if row is None else _task(row)
+
+    async def claim(self, task_id: TaskId, worker: str, *, steal: bool) -> Task | None:
+        async with self._outbox.transaction(self._database) as (connection, post):
+            if await connection.fetchval(_IS_LOST, task_id, steal):
+                reason = "its message came back: the worker is gone" if steal else "the lease ended"
+                await self._move(connection, post, task_id, Trigger.LOSE, actor=worker, reason=reason, quietly=True)
+            row = await connection.fetchrow(_CLAIM, task_id, worker, self._policy.lease_seconds)
+            if row is None:
+                return None
+            task = _task(row)
+            await self._tell(connection, post, task, row["previous"], Event.STARTED, worker, None, 0.0)
+            if task.attempts <= self._policy.max_attempts:
+                return task
+            error = NoProgress(
+                f"{self._policy.max_attempts} workers in turn took this task and committed nothing; see their logs, "
+                "then resume or abort it",
+                last_error=task.error,
+            )
+            await self._move(connection, post, task_id, Trigger.FAIL, actor=worker, error=error)
+            return None
+
+    async def claim_rollback(self, task_id: TaskId, worker: str, *, steal: bool) -> Task | None:
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(_CLAIM_ROLLBACK, task_id, worker, self._policy.lease_seconds, steal)
+            return None if row is None else _task(row)
+
+    async def heartbeat(self, task_id: TaskId, epoch: Epoch) -> Standing:
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(_HEARTBEAT, task_id, epoch, self._policy.lease_seconds)
+        return _standing(row, task_id, epoch)
+
+    async def save_plan(
+        self,
+        task_id: TaskId,
+        epoch: Epoch,
+        plan: dict[str, Any],
+        *,
+        bytes_total: int | None,
+        rows_total: int | None,
+    ) -> None:
+        async with self._database.connection() as connection:
+            if not await connection.fetchval(_SAVE_PLAN, task_id, epoch, plan, bytes_total, rows_total):
+                raise _fenced(task_id, epoch)
+
+    async def commit_batch(
+        self,
+        connection: Connection,
+        task_id: TaskId,
+        epoch: Epoch,
+        checkpoint: Checkpoint,
+        progress: Progress,
+    ) -> Standing:
+        row = await connection.fetchrow(
+            _COMMIT_BATCH,
+            task_id,
+            epoch,
+            checkpoint.as_json(),
+            progress.bytes,
+            progress.rows,
+            progress.rejects,
+            progress.bytes_total,
+            progress.rows_total,
+            self._policy.lease_seconds,
+        )
+        return _standing(row, task_id, epoch)
+
+    async def move(
+        self,
+        task_id: TaskId,
+        trigger: Trigger,
+        *,
+        actor: str,
+        reason: str | None = None,
+        epoch: Epoch | None = None,
+        error: SluiceError | None = None,
+        delay_seconds: float = 0.0,
+    ) -> Task | None:
+        async with self._outbox.transaction(self._database) as (connection, post):
+            return await self._move(
+                connection,
+                post,
+                task_id,
+                trigger,
+                actor=actor,
+                reason=reason,
+                epoch=epoch,
+                error=error,
+                delay_seconds=delay_seconds,
+            )
+
+    async def command(
+        self,
+        task_id: TaskId,
+        command: Command,
+        *,
+        account_id: AccountId | None,
+        actor: str,
+        reason: str | None,
+    ) -> tuple[TaskState, TaskState] | None:
+        async with self._outbox.transaction(self._database) as (connection, post):
+            row = await connection.fetchrow(_GET + " FOR UPDATE", task_id, account_id)
+            if row is None:
+                return None
+            before = TaskState(row["state"])
+            if answer(before, command).state is before:
+                return before, before
+            task = await self._move(connection, post, task_id, Trigger(command), actor=actor, reason=reason)
+            assert task is not None, "the row is locked: the guard holds"
+            return before, task.state
+
+    async def succeed(
+        self,
+        task_id: TaskId,
+        epoch: Epoch,
+        publish: Callable[[Connection], Awaitable[dict[str, Any]]],
+        *,
+        actor: str,
+    ) -> Task | None:
+        async with self._outbox.transaction(self._database) as (connection, post):
+            # Take the row first: an abort that comes now waits, and is then refused, because this has succeeded.
+            if not await connection.fetchval(
+                "SELECT true FROM sluice.tasks WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')"
+                " FOR UPDATE",
+                task_id,
+                epoch,
+            ):
+                return None
+            result = await publish(connection)
+            return await self._move(connection, post, task_id, Trigger.SUCCEED, actor=actor, epoch=epoch, result=result)
+
+    async def rolled_back(
+        self, task_id: TaskId, epoch: Epoch, undo: Callable[[Connection], Awaitable[None]], *, actor: str
+    ) -> Task | None:
+        async with self._outbox.transaction(self._database) as (connection, post):
+            task = await self._move(connection, post, task_id, Trigger.ROLL_BACK, actor=actor, epoch=epoch)
+            if task is not None:
+                await undo(connection)
+            return task
+
+    async def _move(
+        self,
+        connection: Connection,
+        post: Post,
+        task_id: TaskId,
+        trigger: Trigger,
+        *,
+        actor: str,
+        reason: str | None = None,
+        epoch: Epoch | None = None,
+        error: SluiceError | None = None,
+        result: dict[str, Any] | None = None,
+        delay_seconds: float = 0.0,
+        quietly: bool = False,
+    ) -> Task | None:
+        edges = EDGES[trigger]
+        row = await connection.fetchrow(
+            _MOVE,
+            task_id,
+            {source: edge.target for source, edge in edges.items()},
+            epoch,
+            error.as_json() if error else None,
+            result,
+            delay_seconds,
+            self._policy.paused_expiry_seconds,
+            self._policy.failed_expiry_seconds,
+            trigger is Trigger.RESUME,
+        )
+        if row is None:
+            return None
+        task = _task(row)
+        event = edges[TaskState(row["previous"])].event
+        reason = reason or (error.detail if error else None)
+        await self._tell(connection, post, task, row["previous"], event, actor, reason, delay_seconds, quietly=quietly)
+        return task
+
+    async def _tell(
+        self,
+        connection: Connection,
+        post: Post,
+        task: Task,
+        previous: str | None,
+        event: Event,
+        actor: str,
+        reason: str | None,
+        delay_seconds: float,
+        *,
+        quietly: bool = False,
+    ) -> None:
+        """The audit row, and what the bus must hear. `quietly`: no hint, because the teller goes on with the task."""
+        await connection.execute(_LOG_EVENT, task.task_id, event, previous, task.state, task.epoch, actor, reason)
+        told = TaskEvent(
+            type=event,
+            task_id=task.task_id,
+            account_id=task.account_id,
+            kind=task.kind,
+            state=task.state,
+            previous=TaskState(previous) if previous else None,
+            epoch=task.epoch,
+            actor=actor,
+            reason=reason,
+        )
+        wanted = None if quietly else hint(task)
+        if wanted is not None:
+            await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], delay_seconds)
+        if event in _BROADCAST:
+            await post(BROADCAST_EXCHANGE, "", told, 0.0)
+        await post(EVENTS_EXCHANGE, told.routing_key, told, 0.0)
+
+
+def _fenced(task_id: TaskId, epoch: Epoch) -> Fenced:
+    return Fenced(f"task {task_id} was taken from epoch {epoch}, aborted, or has ended")
+
+
+def _standing(row: Mapping[str, Any] | None, task_id: TaskId, epoch: Epoch) -> Standing:
+    if row is None:
+        raise _fenced(task_id, epoch)
+    return Standing(TaskState(row["state"]), row["max_bytes_per_second"])
+
+
+def rows_to_tasks(rows: Sequence[Mapping[str, Any]]) -> list[Task]:
+    """Rows of `SELECT` over the columns of `Task`, as tasks."""
+    return [_task(row) for row in rows]
+
+
+TASK_COLUMNS = _COLUMNS

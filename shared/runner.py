@@ -1,0 +1,373 @@
+"""The batch runner: claim, batches in lanes, commit, obey, finish or roll back; the only writer of checkpoints.
+
+Considerations
+- Rows and checkpoint of a batch commit in one transaction, which also checks epoch and state. The in-memory copy of
+  the checkpoint changes only after that commit, under the lock that orders the commits of a task's lanes.
+- When a lane was cancelled or a commit failed, nobody knows whether its last commit counts. The memory is then thrown
+  away: the task is given back, and the next claim reads the row.
+- Batches commit with `synchronous_commit` off. A crash of PostgreSQL itself may lose the last of them, rows and
+  checkpoint together; they are done again. The transition that ends the task commits synchronously, after them all.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import structlog
+
+from shared.controls import Controls, Signal, Wanted
+from shared.domain.checkpoint import Checkpoint, Range
+from shared.domain.errors import DatabaseUnavailable, Fenced, InternalFault, Retryable, SluiceError
+from shared.domain.task import Kind, Task, TaskId, TaskState, Trigger
+from shared.ports.database import Connection, Database
+from shared.ports.kinds import Batch, Job, TaskKind
+from shared.ports.tasks import Progress, Standing, TaskStore
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerPolicy:
+    """Times in seconds; `lanes` batch pipelines side by side."""
+
+    lanes: int
+    slice_seconds: float
+    lease_seconds: float
+    retry_backoff_seconds: float
+    longest_backoff_seconds: float = 60.0
+
+
+class _BatchWork:
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.outcome: tuple[Range, Progress, dict[str, Any] | None] | None = None
+
+    def done(self, what: Range, progress: Progress, cursor: dict[str, Any] | None = None) -> None:
+        self.outcome = (what, progress, cursor)
+
+
+class RunnerClaim:
+    """The `Claim` port: one task at one epoch, its checkpoint, and the way to add to it."""
+
+    def __init__(self, task: Task, database: Database, store: TaskStore, signal: Signal) -> None:
+        self.task = task
+        self.checkpoint = Checkpoint.from_json(task.checkpoint)
+        self._database = database
+        self._store = store
+        self._signal = signal
+        self._committing = asyncio.Lock()
+        self._allowance = _Allowance(task.max_bytes_per_second)
+
+    @asynccontextmanager
+    async def batch(self) -> AsyncIterator[_BatchWork]:
+        async with AsyncExitStack() as ordered:
+            async with self._database.transaction() as connection:
+                await connection.execute("SET LOCAL synchronous_commit = off")
+                work = _BatchWork(connection)
+                yield work
+                if work.outcome is None:
+                    return
+                what, progress, cursor = work.outcome
+                # Held until COMMIT has returned: the next lane builds on what is certain.
+                await ordered.enter_async_context(self._committing)
+                checkpoint = self.checkpoint.add(what)
+                if cursor is not None:
+                    checkpoint = replace(checkpoint, cursor=cursor)
+                standing = await self._store.commit_batch(
+                    connection, self.task.task_id, self.task.epoch, checkpoint, progress
+                )
+            self.checkpoint = checkpoint
+            self.look(standing)
+
+    async def save_plan(
+        self, plan: dict[str, Any], *, bytes_total: int | None = None, rows_total: int | None = None
+    ) -> None:
+        await self._store.save_plan(
+            self.task.task_id, self.task.epoch, plan, bytes_total=bytes_total, rows_total=rows_total
+        )
+        self.task = replace(self.task, plan=plan, bytes_total=bytes_total, rows_total=rows_total)
+
+    def look(self, standing: Standing) -> None:
+        self._signal.row_says(standing.state)
+        self._allowance.bytes_per_second = standing.max_bytes_per_second
+
+    async def look_again(self) -> TaskState:
+        standing = await self._store.heartbeat(self.task.task_id, self.task.epoch)
+        self.look(standing)
+        return standing.state
+
+    async def allowed(self, count: int) -> bool:
+        """Wait until the task's rate allows `count` bytes; False when something else is wanted in the meantime."""
+        wait_seconds = self._allowance.take(count)
+        if wait_seconds > 0:
+            await self._signal.interrupted(wait_seconds)
+        return self._signal.wanted is Wanted.GO_ON
+
+
+class _Allowance:
+    """A token bucket of one second's bytes that may go into debt by one batch."""
+
+    def __init__(self, bytes_per_second: int | None) -> None:
+        self.bytes_per_second = bytes_per_second
+        self._tokens = float(bytes_per_second or 0)
+        self._at = 0.0
+
+    def take(self, count: int) -> float:
+        """Take `count` bytes; answers how many seconds to wait before using them."""
+        if self.bytes_per_second is None:
+            return 0.0
+        now = asyncio.get_running_loop().time()
+        earned = (now - self._at) * self.bytes_per_second if self._at else 0.0
+        self._tokens = min(self._tokens + earned, float(self.bytes_per_second))
+        self._at = now
+        self._tokens -= count
+        return max(0.0, -self._tokens / self.bytes_per_second)
+
+
+class Runner:
+    """Runs and rolls back tasks of the kinds it is given."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        store: TaskStore,
+        database: Database,
+        kinds: Mapping[Kind, TaskKind],
+        controls: Controls,
+        policy: RunnerPolicy,
+    ) -> None:
+        self._worker = worker
+        self._store = store
+        self._database = database
+        self._kinds = kinds
+        self._controls = controls
+        self._policy = policy
+
+    async def run(self, task_id: TaskId, *, redelivered: bool) -> None:
+        """Work on the task until it ends, pauses, is taken away, or its slice is over; then hold nothing of it.
+
+        Does nothing when there is nothing to do. Returns only when the row says where the task stands, so that its
+        message may be acknowledged.
+        """
+        task = await self._patiently(lambda: self._store.claim(task_id, self._worker, steal=redelivered))
+        if task is None:
+            return
+        with (
+            structlog.contextvars.bound_contextvars(task_id=task_id, epoch=task.epoch),
+            self._controls.watch(task_id, task.epoch) as signal,
+        ):
+            try:
+                await self._work(task, signal)
+            except asyncio.CancelledError:
+                # shield: the same cancel would abort the write that hands the task to the next worker
+                await asyncio.shield(self._let_go(task, "the worker shuts down"))
+                raise
+            except BaseExceptionGroup as group:
+                await self._answer_for(task, _leading(group))
+            except Exception as error:
+                await self._answer_for(task, error)
+
+    async def roll_back(self, task_id: TaskId, *, redelivered: bool) -> None:
+        """Undo an aborting task; retried with back-off until it is done or another worker has it."""
+        attempt = 0
+        while True:
+            task = await self._patiently(lambda: self._store.claim_rollback(task_id, self._worker, steal=redelivered))
+            if task is None:
+                return
+            kind = self._kinds[task.kind]
+
+            async def undo(connection: Connection, kind: TaskKind = kind, task: Task = task) -> None:
+                await kind.undo(task, connection)
+
+            with structlog.contextvars.bound_contextvars(task_id=task_id, epoch=task.epoch):
+                try:
+                    await kind.discard(task)
+                    await self._store.rolled_back(task_id, task.epoch, undo, actor=self._worker)
+                except SluiceError as error:
+                    attempt += 1
+                    log.warning("rollback will be tried again", error=error.detail, code=error.code, attempt=attempt)
+                    await asyncio.sleep(self._backoff(attempt))
+                else:
+                    log.info("rolled back")
+                    return
+
+    # --- one claim
+
+    async def _work(self, task: Task, signal: Signal) -> None:
+        claim = RunnerClaim(task, self._database, self._store, signal)
+        async with asyncio.TaskGroup() as group:
+            beat = group.create_task(self._beat(claim))
+            await self._drive(claim, signal)
+            beat.cancel()
+
+    async def _beat(self, claim: RunnerClaim) -> None:
+        while True:
+            await asyncio.sleep(self._policy.lease_seconds / 4)
+            try:
+                async with asyncio.timeout(self._policy.lease_seconds):
+                    await claim.look_again()
+            except (DatabaseUnavailable, TimeoutError):
+                log.warning("no heartbeat: PostgreSQL does not answer")
+
+    async def _drive(self, claim: RunnerClaim, signal: Signal) -> None:
+        task = claim.task
+        slice_end = asyncio.get_running_loop().time() + self._policy.slice_seconds
+        log.info("claimed", attempt=task.attempts, rows_done=task.rows_done, bytes_done=task.bytes_done)
+        async with self._kinds[task.kind].open(claim) as job:
+            while True:
+                if await self._pump(job, claim, signal, slice_end):
+                    await job.finish()
+                    if await self._store.succeed(task.task_id, task.epoch, job.publish, actor=self._worker) is None:
+                        raise Fenced("aborted or taken before it could be published")
+                    log.info("succeeded")
+                    return
+                if signal.wanted is Wanted.STOP:
+                    # Lanes were cancelled: what memory says is no longer certain, so nothing goes on from here.
+                    if await claim.look_again() in (TaskState.RUNNING, TaskState.PAUSING):
+                        await self._let_go(task, "a stop was heard that the row does not know of")
+                    return
+                await job.seal()
+                if signal.wanted is Wanted.PAUSE:
+                    if await self._move(task, Trigger.REACH_PAUSE):
+                        log.info("paused")
+                        return
+                elif asyncio.get_running_loop().time() >= slice_end and await self._move(
+                    task, Trigger.YIELD, "its slice is over"
+                ):
+                    return
+                # Neither: the pause was withdrawn, or came just now. The row knows.
+                if await claim.look_again() is TaskState.ABORTING:
+                    return
+
+    async def _pump(self, job: Job, claim: RunnerClaim, signal: Signal, slice_end: float) -> bool:
+        """Run batches in lanes until all are committed (True) or something else is wanted (False)."""
+        queue: asyncio.Queue[Batch | None] = asyncio.Queue()
+        # Batches in memory: one in each lane and one that waits.
+        room = asyncio.Semaphore(self._policy.lanes + 1)
+        stopping = False
+        complete = False
+
+        async def produce() -> None:
+            nonlocal complete
+            async with aclosing(job.batches(claim.checkpoint)) as batches:  # type: ignore[type-var]
+                await room.acquire()
+                async for batch in batches:
+                    queue.put_nowait(batch)
+                    await room.acquire()
+            complete = True
+
+        async def lane() -> None:
+            nonlocal complete
+            while (batch := await queue.get()) is not None:
+                if stopping or not await claim.allowed(batch.bytes):
+                    complete = False
+                    return
+                await job.run(batch)
+                room.release()
+
+        async def watch(producer: asyncio.Task[None], lanes: list[asyncio.Task[None]]) -> None:
+            nonlocal stopping
+            while await signal.interrupted(max(0.0, slice_end - asyncio.get_running_loop().time())):
+                if not stopping:
+                    stopping = True
+                    producer.cancel()
+                if signal.wanted is Wanted.STOP:
+                    for task in lanes:
+                        task.cancel()
+                    return
+                # A pause waits for the batches in hand; an abort may still overtake it.
+                await asyncio.sleep(0.005)
+            stopping = True
+            producer.cancel()
+
+        async with asyncio.TaskGroup() as group:
+            producer = group.create_task(produce())
+            lanes = [group.create_task(lane()) for _ in range(self._policy.lanes)]
+            watcher = group.create_task(watch(producer, lanes))
+            await asyncio.wait([producer])
+            for _ in lanes:
+                queue.put_nowait(None)
+            await asyncio.wait(lanes)
+            watcher.cancel()
+        return complete and not producer.cancelled() and not any(task.cancelled() for task in lanes)
+
+    # --- how a claim ends otherwise
+
+    async def _answer_for(self, task: Task, error: BaseException) -> None:
+        if isinstance(error, Fenced):
+            log.info("let go: the task is somebody else's now", reason=error.detail)
+        elif isinstance(error, SluiceError) and not error.retryable:
+            log.warning("failed", code=error.code, error=error.detail)
+            await self._patiently(
+                lambda: self._store.move(task.task_id, Trigger.FAIL, actor=self._worker, epoch=task.epoch, error=error)
+            )
+        elif isinstance(error, SluiceError):
+            log.warning("a later attempt may go better", code=error.code, error=error.detail)
+            await self._let_go(task, error.detail, error=error)
+        else:
+            log.error("unexpected error", exc_info=error)
+            fault = InternalFault(f"unexpected {type(error).__name__}: {error}")
+            await self._let_go(task, fault.detail, error=fault)
+
+    async def _let_go(self, task: Task, reason: str, *, error: SluiceError | None = None) -> None:
+        """Hand a task that we still hold to the next worker; after an error, later."""
+        delay = self._backoff(task.attempts) if error else 0.0
+
+        async def hand_over() -> None:
+            moved = await self._store.move(
+                task.task_id,
+                Trigger.YIELD,
+                actor=self._worker,
+                epoch=task.epoch,
+                reason=reason,
+                error=error,
+                delay_seconds=delay,
+            )
+            if moved is None:
+                await self._move(task, Trigger.REACH_PAUSE, reason)
+
+        await self._patiently(hand_over)
+
+    async def _move(self, task: Task, trigger: Trigger, reason: str | None = None) -> Task | None:
+        return await self._store.move(task.task_id, trigger, actor=self._worker, epoch=task.epoch, reason=reason)
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Try until PostgreSQL answers: without it nobody can say where the task stands."""
+        attempt = 0
+        while True:
+            try:
+                return await call()
+            except Retryable as error:
+                attempt += 1
+                log.warning("waiting for PostgreSQL", error=error.detail, attempt=attempt)
+                await asyncio.sleep(min(self._backoff(attempt), 5.0))
+
+    def _backoff(self, attempt: int) -> float:
+        longest = self._policy.longest_backoff_seconds
+        return min(longest, self._policy.retry_backoff_seconds * 2.0 ** min(attempt - 1, 30)) * random.uniform(0.75, 1)  # noqa: S311
+
+
+def _leading(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error of a group that decides: fenced before permanent before passing before unexpected."""
+
+    def rank(error: BaseException) -> int:
+        if isinstance(error, Fenced):
+            return 0
+        if isinstance(error, SluiceError):
+            return 2 if error.retryable else 1
+        return 3
+
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop()
+        if isinstance(error, BaseExceptionGroup):
+            stack.extend(error.exceptions)
+        else:
+            leaves.append(error)
+    return min(leaves, key=rank)
