@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sluice.stack.errors import StackError
+from sluice.stack.process import MARK
 from sluice.stack.server import Server
 from sluice.stack.services import SERVICES, Service
 from sluice.stack.stack import Stack, say
@@ -22,9 +23,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     up = commands.add_parser("up", help="start servers and services, stay until Ctrl-C")
     up.add_argument("--servers", action="store_true", help="only the servers")
     up.add_argument("--workers", type=int, default=1, metavar="N", help="processes of each worker (1)")
-    run = commands.add_parser(
-        "run", help="run a command with servers of its own, on other ports and other data"
-    )
+    run = commands.add_parser("run", help="run a command with servers of its own, on other ports and other data")
     run.add_argument("--fast", action="store_true", help="PostgreSQL without fsync, for tests")
     run.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND ...")
     down = commands.add_parser("down", help="stop what a killed `up` left behind")
@@ -113,7 +112,7 @@ def _run(argv: list[str], *, fast: bool) -> int:
     stack = Stack.temporary(fast=fast)
     try:
         stack.start()
-        child = subprocess.Popen(argv, env={**os.environ, **stack.environment()})
+        child = subprocess.Popen(argv, env={**os.environ, **stack.environment(), MARK: str(stack.home.path)})
         try:
             return child.wait()
         except KeyboardInterrupt:

@@ -102,9 +102,7 @@ class Home:
         except FileNotFoundError:
             return {"ports": {}, "secrets": {}}
         except ValueError as error:
-            raise StackError(
-                f"{self._state_file} is not JSON ({error}); `./dev down --purge` starts anew"
-            ) from error
+            raise StackError(f"{self._state_file} is not JSON ({error}); `./dev down --purge` starts anew") from error
         return state
 
     def _save(self, state: dict[str, Any]) -> None:

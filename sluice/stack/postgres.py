@@ -118,9 +118,7 @@ class Postgres(Server):
         words += ["--no-sync"] if self._fast else []
         self._run([programs / "initdb", "-D", draft, *words])
         password_file.unlink()
-        self._run(
-            [programs / "postgres", "--single", "-D", draft, "postgres"], f"CREATE DATABASE {_DATABASE}"
-        )
+        self._run([programs / "postgres", "--single", "-D", draft, "postgres"], f"CREATE DATABASE {_DATABASE}")
         draft.rename(self.data)
 
     def _run(self, argv: list[str | Path], stdin: str = "") -> None:

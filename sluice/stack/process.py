@@ -12,8 +12,8 @@ import psutil
 
 from sluice.stack.errors import StackError
 
-# Set in each process of a stack. Whatever outlives a killed stack is found by it, with no list of pids
-# that could go stale or name somebody else's process.
+# Set in each process of a stack, to the folder of the stack. Whatever outlives a killed stack is found by it,
+# with no list of pids that could go stale or name somebody else's process.
 MARK = "SLUICE_STACK_HOME"
 
 
@@ -30,6 +30,7 @@ class Process:
         self.log = log
         self._stop_signal = stop_signal
         self._popen: subprocess.Popen[bytes] | None = None
+        self._stopping = False
 
     @property
     def pid(self) -> int:
@@ -45,12 +46,11 @@ class Process:
         """Tell whether it was started and has not ended."""
         return self._popen is not None and self._popen.poll() is None
 
-    def start(
-        self, argv: Sequence[str | Path], *, env: Mapping[str, str], cwd: Path, user: str | None = None
-    ) -> None:
+    def start(self, argv: Sequence[str | Path], *, env: Mapping[str, str], cwd: Path, user: str | None = None) -> None:
         """Start the program; output is appended to its log."""
         if self.is_running():
             raise StackError(f"{self.name} already runs (process {self.pid})")
+        self._stopping = False
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal reaches only us, and we stop things in order.
             self._popen = subprocess.Popen(
@@ -81,7 +81,9 @@ class Process:
 
     def request_stop(self) -> None:
         """Ask it to end, without waiting."""
-        if self.is_running():
+        # Once: a second signal would tell some programs to skip their clean ending.
+        if self.is_running() and not self._stopping:
+            self._stopping = True
             self._started().send_signal(self._stop_signal)
             self.resume()
 
@@ -140,23 +142,39 @@ class Process:
 
 def kill_all(processes: Sequence[psutil.Process], *, patience: float = 0.0) -> None:
     """Wait `patience` seconds for the processes to end, kill the others, and see them gone."""
-    _, alive = psutil.wait_procs(processes, timeout=patience)
-    for process in alive:
+    for process in _wait(processes, patience):
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    _, alive = psutil.wait_procs(alive, timeout=10)
-    if alive:
-        raise StackError(f"could not kill {', '.join(str(process) for process in alive)}")
+    stuck = _wait(processes, 10.0)
+    if stuck:
+        raise StackError(f"could not kill {', '.join(str(process) for process in stuck)}")
+
+
+def _wait(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Return those that still run after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (alive := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        # A zombie has let go of its files and ports; its new parent, process 1, may take seconds to notice.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def marked_processes(home: Path) -> list[psutil.Process]:
-    """Return the running processes that carry the mark of this home."""
+    """Return the other running processes that carry the mark of this home or of one inside it."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == str(home):
+            mark = process.environ().get(MARK)
+            if mark and Path(mark).is_relative_to(home) and process.pid != os.getpid():
                 found.append(process)
         except psutil.Error:  # ended meanwhile, a zombie, or another user's
             continue

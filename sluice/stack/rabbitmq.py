@@ -68,9 +68,7 @@ class RabbitMQ(Server):
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}"
             " +sbwt none +sbwtdcpu none +sbwtdio none",
         }
-        self._names.start(
-            [epmd, "-port", str(self._names_port), "-address", "127.0.0.1"], env=env, cwd=folder
-        )
+        self._names.start([epmd, "-port", str(self._names_port), "-address", "127.0.0.1"], env=env, cwd=folder)
         self.process.start([program], env=env, cwd=folder)
 
     def is_ready(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Self
 from sluice.stack.errors import StackError
 from sluice.stack.home import Home
 from sluice.stack.postgres import Postgres
-from sluice.stack.process import kill_all, marked_processes
+from sluice.stack.process import MARK, kill_all, marked_processes
 from sluice.stack.rabbitmq import RabbitMQ
 from sluice.stack.seaweedfs import SeaweedFS
 from sluice.stack.server import Server
@@ -52,25 +52,26 @@ class Stack:
         self.seaweedfs = SeaweedFS(self.home)
         self.services: list[Service] = []
         self._report = report
-        self._given: dict[str, str] = {}
+        self._given = {name: value for name, value in given.items() if name.startswith("SLUICE_")}
         self.servers: list[Server] = []
         for server, variables in (
             (self.postgres, ["SLUICE_POSTGRES_DSN"]),
             (self.rabbitmq, ["SLUICE_AMQP_URL"]),
             (self.seaweedfs, ["SLUICE_S3_ENDPOINT", "SLUICE_S3_ACCESS_KEY", "SLUICE_S3_SECRET_KEY"]),
         ):
-            named = {name: given[name] for name in variables if given.get(name)}
-            if not named:
+            missing = [name for name in variables if not given.get(name)]
+            if missing == variables:
                 self.servers.append(server)
-            elif len(named) < len(variables):
-                missing = ", ".join(name for name in variables if name not in named)
-                raise StackError(f"{', '.join(named)} is set but {missing} is not: set all of them or none")
-            self._given |= named
+            elif missing:
+                raise StackError(f"{', '.join(missing)} is not set: set all of {', '.join(variables)}, or none")
 
     @classmethod
     def temporary(cls, *, fast: bool = False, given: Mapping[str, str] = os.environ) -> Self:
-        """Return a stack with a folder and ports of its own, to be ended with `purge`."""
-        return cls(Path(tempfile.mkdtemp(prefix="sluice-")), fast=fast, given=given)
+        """Return a stack with a folder and ports of its own, to be ended with `purge`.
+
+        Inside a process of another stack its folder lies in that one's, and it ends with that one at the latest.
+        """
+        return cls(Path(tempfile.mkdtemp(prefix="sluice-", dir=os.environ.get(MARK))), fast=fast, given=given)
 
     def start(self) -> None:
         """Start the servers side by side and wait until they answer. Raises StackError."""
@@ -112,12 +113,15 @@ class Stack:
     def purge(self) -> None:
         """Kill whatever runs and delete all data, also what lies outside the folder."""
         self.home.lock()
-        for one in (*self.services, *self.servers):
-            one.kill()
+        for service in self.services:
+            service.kill()
+        for server in self.servers:
+            server.kill()
         self.services.clear()
         try:
             self._stop_leftovers()
-            self.postgres.purge()
+            if self.postgres in self.servers:
+                self.postgres.purge()
             self.home.purge()
         finally:
             self.home.unlock()
@@ -154,4 +158,5 @@ class Stack:
         if left:
             self._report(f"stopping {len(left)} processes that an earlier run left behind")
             kill_all(left)
-        self.postgres.kill_orphans()
+        if self.postgres in self.servers:
+            self.postgres.kill_orphans()

@@ -1,0 +1,102 @@
+"""Fixtures that every test may ask for: servers, settings of its own on them, and service processes."""
+
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from shared.config import Settings
+from sluice.stack import Stack
+from tests.servers import make_template, own_database, own_vhost
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.fixture(scope="session")
+def shared_stack() -> Iterator[Stack]:
+    """Servers for all tests of this process: those that the environment names, and others of its own."""
+    stack = Stack.temporary(fast=True)
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.purge()
+
+
+@pytest.fixture(scope="session")
+async def template(shared_stack: Stack) -> str:
+    """Name of the migrated database that the tests' databases are cloned from."""
+    return await make_template(shared_stack.environment()["SLUICE_POSTGRES_DSN"])
+
+
+@pytest.fixture
+async def database_dsn(shared_stack: Stack, template: str) -> AsyncIterator[str]:
+    """DSN of a migrated database that this test alone uses."""
+    async with own_database(shared_stack.environment()["SLUICE_POSTGRES_DSN"], template) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+async def amqp_url(shared_stack: Stack) -> AsyncIterator[str]:
+    """URL of a virtual host that this test alone uses."""
+    servers = shared_stack.environment()
+    if "SLUICE_RABBITMQ_MANAGEMENT_URL" not in servers:
+        pytest.fail("SLUICE_AMQP_URL is set: set SLUICE_RABBITMQ_MANAGEMENT_URL too (http://user:password@host:15672)")
+    async with own_vhost(servers["SLUICE_AMQP_URL"], servers["SLUICE_RABBITMQ_MANAGEMENT_URL"]) as url:
+        yield url
+
+
+@pytest.fixture
+def environment(shared_stack: Stack, database_dsn: str, amqp_url: str) -> dict[str, str]:
+    """SLUICE_* variables for service processes of this test."""
+    return {
+        **shared_stack.environment(),
+        "SLUICE_POSTGRES_DSN": database_dsn,
+        "SLUICE_AMQP_URL": amqp_url,
+        "SLUICE_S3_PREFIX": f"{uuid.uuid4().hex}/",
+    }
+
+
+@pytest.fixture
+def settings(environment: dict[str, str]) -> Settings:
+    """The same as `environment`, for code that runs in the test's own process."""
+    return Settings(**{name.removeprefix("SLUICE_").lower(): value for name, value in environment.items()})
+
+
+@pytest.fixture
+def services(environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """`services.spawn("upload-worker", 2, {...})` starts real processes on this test's settings."""
+    stack = Stack.temporary(given=environment)
+    try:
+        stack.start()
+        yield stack
+        show_logs_of_a_failure(stack, request)
+    finally:
+        stack.purge()
+
+
+@pytest.fixture
+def private_stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """Servers that this test alone uses, and so may kill, freeze and restart."""
+    stack = Stack.temporary(fast=True, given={})
+    try:
+        stack.start()
+        yield stack
+        show_logs_of_a_failure(stack, request)
+    finally:
+        stack.purge()
+
+
+def show_logs_of_a_failure(stack: Stack, request: pytest.FixtureRequest) -> None:
+    if request.node.stash.get(FAILED, False):
+        for log in sorted(stack.home.logs.glob("*.log")):
+            print(f"--- the end of {log.name}")
+            print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
