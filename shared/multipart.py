@@ -6,7 +6,7 @@ from typing import Self
 
 import structlog
 
-from shared.domain.errors import Retryable
+from shared.domain.errors import SluiceError
 from shared.ports.objects import MIN_PART_BYTES, ObjectStore, Part, UploadHook
 
 log = structlog.get_logger(__name__)
@@ -79,7 +79,10 @@ class MultipartWriter:
         self._buffer += view
 
     async def finish(self) -> str:
-        """Complete the object and return its ETag."""
+        """Complete the object and return its ETag.
+
+        When it raises `StoreUnavailable` the object may be there all the same: delete the key.
+        """
         if self._upload_id is None:
             etag = await self._store.put(self._key, self._buffer, content_type=self._content_type)
         else:
@@ -101,10 +104,8 @@ class MultipartWriter:
         if self._upload_id is not None:
             try:
                 await asyncio.shield(self._store.abort_upload(self._key, self._upload_id))
-            except Retryable as error:
-                log.warning(
-                    "upload_left_behind", key=self._key, upload_id=self._upload_id, reason=error.detail
-                )
+            except SluiceError as error:  # must not hide what led here
+                log.warning("upload_left_behind", key=self._key, upload_id=self._upload_id, reason=error.detail)
 
     async def _send_part(self) -> None:
         if self._upload_id is None:
@@ -115,15 +116,11 @@ class MultipartWriter:
         body, self._buffer = self._buffer, bytearray()
         number, self._next_number = self._next_number, self._next_number + 1
         self._sending.add(
-            asyncio.create_task(
-                self._store.put_part(self._key, self._upload_id, number, body), name=f"part {number}"
-            )
+            asyncio.create_task(self._store.put_part(self._key, self._upload_id, number, body), name=f"part {number}")
         )
 
     async def _begin(self) -> None:
-        creating = asyncio.ensure_future(
-            self._store.create_upload(self._key, content_type=self._content_type)
-        )
+        creating = asyncio.ensure_future(self._store.create_upload(self._key, content_type=self._content_type))
         try:
             self._upload_id = await asyncio.shield(creating)
         except asyncio.CancelledError:
@@ -134,4 +131,6 @@ class MultipartWriter:
 
     async def _collect(self) -> None:
         done, self._sending = await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
+        if failures := [failure for task in done if (failure := task.exception())]:
+            raise failures[0]
         self._parts += [task.result() for task in done]

@@ -1,8 +1,9 @@
 """The minio SDK in threads: the only signer, the only admin client, and where its errors become ours."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from http import HTTPStatus
 from typing import TypeVar
@@ -30,6 +31,7 @@ T = TypeVar("T")
 DATA_PLANE_EXPIRY = timedelta(hours=1)  # looked at when a request begins, not while its bytes flow
 ADMIN_THREADS = 8
 CONNECT_SECONDS = 5.0
+"""Of one attempt; the data plane uses it too."""
 
 _MISCONFIGURED_CODES = {"NoSuchBucket", "PermanentRedirect", "AuthorizationHeaderMalformed"}
 _UNAVAILABLE_CODES = {"SlowDown", "SlowDownRead", "SlowDownWrite", "RequestTimeout", "OperationAborted"}
@@ -86,21 +88,33 @@ class S3Client:
         )
         return yarl.URL(url, encoded=True)  # quoting it again would break the signature
 
-    async def call(self, work: Callable[[Minio], T], *, key: str = "", patient: bool = False) -> T:
-        """Run `work` in a thread. A cancel waits for it, so that nothing is under way any more after it."""
+    async def ask(self, question: Callable[[Minio], T], key: str = "") -> T:
+        """Run a call that changes nothing; a cancel leaves it to end by itself."""
+        with self._translated(key):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, question, self._quick)
+
+    async def change(self, work: Callable[[Minio], T], key: str = "", *, patient: bool = False) -> T:
+        """Run a call that changes something; `patient` gives the store time to copy.
+
+        A cancel waits for its end, so that nothing changes any more after it.
+        """
         client = self._patient if patient else self._quick
         running = asyncio.get_running_loop().run_in_executor(self._threads, work, client)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            await asyncio.wait([running])
-            if not running.cancelled():
-                running.exception()  # the cancel outranks it
-            raise
-        except (MinioException, urllib3.exceptions.HTTPError, ParseError) as error:
-            raise self.translate(error, key) from error
+        with self._translated(key):
+            try:
+                return await asyncio.shield(running)
+            except asyncio.CancelledError:
+                await asyncio.gather(running, return_exceptions=True)
+                raise
 
-    def translate(self, error: Exception, key: str) -> SluiceError:
+    @contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (MinioException, urllib3.exceptions.HTTPError, ParseError) as error:
+            raise self._translate(error, key) from error
+
+    def _translate(self, error: Exception, key: str) -> SluiceError:
         match error:
             case S3Error():
                 return self.refusal(error.response.status, error.code or "", error.message or "", key)
@@ -108,7 +122,8 @@ class S3Client:
                 return self.refusal(error.status_code, "", str(error), key)
             case InvalidResponseError():
                 return self.refusal(error._code, "", str(error), key)
-        return StoreUnavailable(f"the object store at {self.endpoint} does not answer: {error}")
+        reason = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
+        return StoreUnavailable(f"the object store at {self.endpoint} does not answer: {reason}")
 
     def refusal(self, status: int, code: str, message: str, key: str) -> SluiceError:
         """The error that an HTTP answer means."""

@@ -1,6 +1,6 @@
 """What the services need of an object store: objects, multipart uploads, listings, signed links."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -67,7 +67,7 @@ class ObjectStore(Protocol):
 
     def read(
         self, key: str, *, etag: str | None = None, start: int = 0, end: int | None = None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The bytes from `start` up to, not including, `end`, in chunks as they come.
 
         All of them arrive or it raises; after `StoreUnavailable` read on from the bytes that came. A range
