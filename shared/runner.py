@@ -21,7 +21,7 @@ import structlog
 from shared.controls import Controls, Signal, Wanted
 from shared.domain.checkpoint import Checkpoint, Range
 from shared.domain.errors import DatabaseUnavailable, Fenced, InternalFault, Retryable, SluiceError
-from shared.domain.task import Kind, Task, TaskId, TaskState, Trigger
+from shared.domain.task import Epoch, Kind, Task, TaskId, TaskState, Trigger
 from shared.ports.database import Connection, Database
 from shared.ports.kinds import Batch, Job, TaskKind
 from shared.ports.tasks import Progress, Standing, TaskStore
@@ -84,10 +84,15 @@ class RunnerClaim:
             self.look(standing)
 
     async def save_plan(
-        self, plan: dict[str, Any], *, bytes_total: int | None = None, rows_total: int | None = None
+        self,
+        plan: dict[str, Any],
+        prepare: Callable[[Connection], Awaitable[None]] | None = None,
+        *,
+        bytes_total: int | None = None,
+        rows_total: int | None = None,
     ) -> None:
         await self._store.save_plan(
-            self.task.task_id, self.task.epoch, plan, bytes_total=bytes_total, rows_total=rows_total
+            self.task.task_id, self.task.epoch, plan, prepare, bytes_total=bytes_total, rows_total=rows_total
         )
         self.task = replace(self.task, plan=plan, bytes_total=bytes_total, rows_total=rows_total)
 
@@ -148,13 +153,13 @@ class Runner:
         self._controls = controls
         self._policy = policy
 
-    async def run(self, task_id: TaskId, *, redelivered: bool) -> None:
+    async def run(self, task_id: TaskId, *, steal_from: Epoch | None = None) -> None:
         """Work on the task until it ends, pauses, is taken away, or its slice is over; then hold nothing of it.
 
         Does nothing when there is nothing to do. Returns only when the row says where the task stands, so that its
         message may be acknowledged.
         """
-        task = await self._patiently(lambda: self._store.claim(task_id, self._worker, steal=redelivered))
+        task = await self._patiently(lambda: self._store.claim(task_id, self._worker, steal_from=steal_from))
         if task is None:
             return
         with (
@@ -172,11 +177,13 @@ class Runner:
             except Exception as error:
                 await self._answer_for(task, error)
 
-    async def roll_back(self, task_id: TaskId, *, redelivered: bool) -> None:
+    async def roll_back(self, task_id: TaskId, *, steal_from: Epoch | None = None) -> None:
         """Undo an aborting task; retried with back-off until it is done or another worker has it."""
         attempt = 0
         while True:
-            task = await self._patiently(lambda: self._store.claim_rollback(task_id, self._worker, steal=redelivered))
+            task = await self._patiently(
+                lambda: self._store.claim_rollback(task_id, self._worker, steal_from=steal_from)
+            )
             if task is None:
                 return
             kind = self._kinds[task.kind]

@@ -130,7 +130,7 @@ class S3ObjectStore:
         while True:
             page = await self._s3.ask(
                 lambda s3, marker=marker: s3._list_parts(  # type: ignore[misc]
-                    self._s3.bucket, self._prefix + key, upload_id, part_number_marker=marker
+                    self._s3.bucket, self._prefix + key, upload_id, max_parts=PAGE, part_number_marker=marker
                 ),
                 key,
             )

@@ -57,6 +57,8 @@ def translated() -> Iterator[None]:
         pg.ProgramLimitExceededError,
     ) as error:
         raise _data_error(cast(asyncpg.PostgresError, error)) from error
+    except pg.DependentObjectsStillExistError as error:
+        raise Conflict(f"something of yours depends on it: {error.detail or error}; drop that first") from error
     except pg.LockNotAvailableError as error:
         raise LockTimeout(
             "the table is being read or changed by somebody else for too long; try again later"
@@ -195,6 +197,11 @@ class PgDatabase:
     async def close(self) -> None:
         if self._pool is not None:
             await self._pool.close()
+
+    async def probe(self) -> None:
+        """Return when PostgreSQL answers. Raises DatabaseUnavailable."""
+        async with self.connection() as connection:
+            await connection.fetchval("SELECT true")
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[PgConnection]:

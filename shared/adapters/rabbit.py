@@ -125,12 +125,10 @@ class RabbitBus:
         """Hand each message of an exchange to `handler` through a queue that lives as long as the session."""
         self._consumers.append(_Consumer(handler, exchange=exchange, pattern=pattern, prefetch=200))
 
-    @property
-    def connected(self) -> bool:
-        return self._ready.is_set()
-
-    async def wait_connected(self) -> None:
-        await self._ready.wait()
+    async def probe(self) -> None:
+        """Return when there is a session. Raises BusUnavailable."""
+        if not self._ready.is_set():
+            raise BusUnavailable("no session with RabbitMQ")
 
     async def run(self) -> None:
         """Keep a session until cancelled. Raises BusUnavailable when none could be made for `give_up_seconds`."""

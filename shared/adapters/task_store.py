@@ -14,7 +14,15 @@ from typing import Any
 
 from shared.domain.checkpoint import Checkpoint
 from shared.domain.errors import Conflict, Fenced, NoProgress, SluiceError
-from shared.domain.messages import BROADCAST_EXCHANGE, COMMANDS_EXCHANGE, EVENTS_EXCHANGE, TaskEvent, hint
+from shared.domain.messages import (
+    BROADCAST_EXCHANGE,
+    COMMANDS_EXCHANGE,
+    EVENTS_EXCHANGE,
+    WORK_QUEUES,
+    TaskEvent,
+    hint,
+    rollback_queue,
+)
 from shared.domain.task import (
     EDGES,
     AccountId,
@@ -97,14 +105,15 @@ RETURNING {_COLUMNS}, before.state AS previous
 """  # noqa: S608
 
 _IS_LOST = """
-SELECT true FROM sluice.tasks WHERE task_id = $1 AND state IN ('running', 'pausing') AND ($2 OR lease_until < now())
+SELECT true FROM sluice.tasks
+WHERE task_id = $1 AND state IN ('running', 'pausing') AND (epoch <= $2::bigint + 1 OR lease_until < now())
 FOR UPDATE
 """
 
 _CLAIM_ROLLBACK = f"""
 UPDATE sluice.tasks t SET epoch = t.epoch + 1, worker = $2, lease_until = now() + make_interval(secs => $3),
     updated_at = now()
-WHERE task_id = $1 AND state = 'aborting' AND (lease_until IS NULL OR lease_until < now() OR worker = $2 OR $4)
+WHERE task_id = $1 AND state = 'aborting' AND (lease_until IS NULL OR lease_until < now() OR epoch <= $4::bigint + 1)
 RETURNING {_COLUMNS}
 """  # noqa: S608
 
@@ -128,6 +137,27 @@ UPDATE sluice.tasks SET checkpoint = $3, bytes_done = bytes_done + $4, rows_done
 WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')
 RETURNING state, max_bytes_per_second
 """
+
+_LEASE_ENDED = """
+SELECT task_id FROM sluice.tasks WHERE state IN ('running', 'pausing') AND lease_until < now()
+ORDER BY task_id LIMIT 100 FOR UPDATE SKIP LOCKED
+"""
+
+_EXPIRED = """
+SELECT task_id FROM sluice.tasks WHERE state IN ('paused', 'failed') AND expires_at < now()
+ORDER BY task_id LIMIT 100 FOR UPDATE SKIP LOCKED
+"""
+
+_ANNOUNCE = f"""
+WITH overdue AS (
+    SELECT task_id FROM sluice.tasks
+    WHERE announced_at < now() - make_interval(secs => $1)
+      AND (state = 'queued' AND kind = ANY($2) AND (not_before IS NULL OR not_before <= now())
+           OR state = 'aborting' AND kind = ANY($3) AND (lease_until IS NULL OR lease_until < now()))
+    ORDER BY task_id LIMIT 100 FOR UPDATE SKIP LOCKED
+)
+UPDATE sluice.tasks t SET announced_at = now() FROM overdue WHERE t.task_id = overdue.task_id RETURNING {_COLUMNS}
+"""  # noqa: S608
 
 _LOG_EVENT = """
 INSERT INTO sluice.task_events (task_id, event, from_state, to_state, epoch, actor, reason)
@@ -189,10 +219,10 @@ class PgTaskStore:
             row = await connection.fetchrow(_GET, task_id, account_id)
             return None if row is None else _task(row)
 
-    async def claim(self, task_id: TaskId, worker: str, *, steal: bool) -> Task | None:
+    async def claim(self, task_id: TaskId, worker: str, *, steal_from: Epoch | None = None) -> Task | None:
         async with self._outbox.transaction(self._database) as (connection, post):
-            if await connection.fetchval(_IS_LOST, task_id, steal):
-                reason = "its message came back: the worker is gone" if steal else "the lease ended"
+            if await connection.fetchval(_IS_LOST, task_id, steal_from):
+                reason = "its message came back: the worker is gone" if steal_from is not None else "the lease ended"
                 await self._move(connection, post, task_id, Trigger.LOSE, actor=worker, reason=reason, quietly=True)
             row = await connection.fetchrow(_CLAIM, task_id, worker, self._policy.lease_seconds)
             if row is None:
@@ -209,9 +239,9 @@ class PgTaskStore:
             await self._move(connection, post, task_id, Trigger.FAIL, actor=worker, error=error)
             return None
 
-    async def claim_rollback(self, task_id: TaskId, worker: str, *, steal: bool) -> Task | None:
+    async def claim_rollback(self, task_id: TaskId, worker: str, *, steal_from: Epoch | None = None) -> Task | None:
         async with self._database.connection() as connection:
-            row = await connection.fetchrow(_CLAIM_ROLLBACK, task_id, worker, self._policy.lease_seconds, steal)
+            row = await connection.fetchrow(_CLAIM_ROLLBACK, task_id, worker, self._policy.lease_seconds, steal_from)
             return None if row is None else _task(row)
 
     async def heartbeat(self, task_id: TaskId, epoch: Epoch) -> Standing:
@@ -224,13 +254,16 @@ class PgTaskStore:
         task_id: TaskId,
         epoch: Epoch,
         plan: dict[str, Any],
+        prepare: Callable[[Connection], Awaitable[None]] | None = None,
         *,
-        bytes_total: int | None,
-        rows_total: int | None,
+        bytes_total: int | None = None,
+        rows_total: int | None = None,
     ) -> None:
-        async with self._database.connection() as connection:
+        async with self._database.transaction() as connection:
             if not await connection.fetchval(_SAVE_PLAN, task_id, epoch, plan, bytes_total, rows_total):
                 raise _fenced(task_id, epoch)
+            if prepare is not None:
+                await prepare(connection)
 
     async def commit_batch(
         self,
@@ -326,6 +359,41 @@ class PgTaskStore:
             if task is not None:
                 await undo(connection)
             return task
+
+    async def lose_expired(self, *, actor: str) -> list[Task]:
+        async with self._outbox.transaction(self._database) as (connection, post):
+            return [
+                await self._moved(
+                    connection, post, row["task_id"], Trigger.LOSE, actor, "the lease ended: no heartbeat"
+                )
+                for row in await connection.fetch(_LEASE_ENDED)
+            ]
+
+    async def expire_due(self, *, actor: str) -> list[Task]:
+        async with self._outbox.transaction(self._database) as (connection, post):
+            return [
+                await self._moved(connection, post, row["task_id"], Trigger.EXPIRE, actor, "nobody resumed it in time")
+                for row in await connection.fetch(_EXPIRED)
+            ]
+
+    async def announce_overdue(self, *, older_than_seconds: float, queues: set[str]) -> list[Task]:
+        kinds = [kind for kind, queue in WORK_QUEUES.items() if queue in queues]
+        rolled_back = [kind for kind, queue in WORK_QUEUES.items() if rollback_queue(queue) in queues]
+        async with self._outbox.transaction(self._database) as (connection, post):
+            rows = await connection.fetch(_ANNOUNCE, older_than_seconds, kinds, rolled_back)
+            tasks = rows_to_tasks(rows)
+            for task in tasks:
+                wanted = hint(task)
+                assert wanted is not None, "only queued and aborting tasks are selected"
+                await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], 0.0)
+            return tasks
+
+    async def _moved(
+        self, connection: Connection, post: Post, task_id: TaskId, trigger: Trigger, actor: str, reason: str
+    ) -> Task:
+        task = await self._move(connection, post, task_id, trigger, actor=actor, reason=reason)
+        assert task is not None, "the row is locked: the guard holds"
+        return task
 
     async def _move(
         self,

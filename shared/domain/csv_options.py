@@ -6,6 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+# Encodings that leave this alone contain ASCII and keep no state between characters.
+_PROBE = bytes(range(128)) + b"\\u0041 ~{ .xn--a-ecp.ru \x1b$B!!"
+
 
 class ColumnType(StrEnum):
     """Column types that an import can create; `uuid` and `jsonb` only when the user asks for them."""
@@ -62,11 +65,13 @@ class CsvOptions(_Strict):
         if value is None:
             return None
         try:
-            codec = codecs.lookup(value)
-            "".encode(codec.name)
-        except LookupError as error:
-            raise ValueError(f"{value!r} is not a known text encoding; try utf-8, utf-16 or cp1252") from error
-        return codec.name
+            name = codecs.lookup(value).name
+            readable = name.startswith(("utf-16", "utf-32")) or _PROBE.decode(name) == _PROBE.decode("ascii")
+        except (LookupError, UnicodeError) as error:
+            raise ValueError(f"{value!r} is no encoding that CSV can be read in; try utf-8 or cp1252") from error
+        if not readable:
+            raise ValueError(f"{value!r} does not contain ASCII; convert the file to UTF-8")
+        return name
 
     @model_validator(mode="after")
     def _separators_do_not_clash(self) -> Self:

@@ -114,6 +114,12 @@ class TooManyRejects(InvalidData):
     code = "too-many-rejects"
 
 
+class CountMismatch(InvalidData):
+    """What was loaded is not what was cut: rather fail than guess."""
+
+    code = "count-mismatch"
+
+
 class SourceChanged(InvalidData):
     """The object that a task reads was replaced or deleted after the task began."""
 
@@ -181,6 +187,12 @@ class BusUnavailable(Retryable):
 
 class StoreUnavailable(Retryable):
     code = "store-unavailable"
+
+
+class InternalFault(Retryable):
+    """An error that nobody foresaw; the task is tried again until its attempts are used up."""
+
+    code = "internal"
 
 
 class IntegrityMismatch(Retryable):

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.domain.errors import InvalidMessage
-from shared.domain.task import AccountId, Command, Event, Kind, Task, TaskId, TaskState
+from shared.domain.task import AccountId, Command, Epoch, Event, Kind, Task, TaskId, TaskState
 
 COMMANDS_EXCHANGE = "sluice.commands"
 BROADCAST_EXCHANGE = "sluice.broadcast"
@@ -40,11 +40,18 @@ class Message(BaseModel):
     sent_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
+_EPOCH = (
+    "the task's epoch when this was sent: when the message comes back, its consumer is gone, and the task may be "
+    "taken from the claim that followed, but from no later one"
+)
+
+
 class RunTask(Message):
     """Look at this task: it may be waiting for a worker."""
 
     type: Literal["RunTask"] = "RunTask"
     task_id: TaskId = Field(ge=1)
+    epoch: Epoch | None = Field(default=None, ge=0, description=_EPOCH)
 
 
 class RollBackTask(Message):
@@ -52,35 +59,37 @@ class RollBackTask(Message):
 
     type: Literal["RollBackTask"] = "RollBackTask"
     task_id: TaskId = Field(ge=1)
+    epoch: Epoch | None = Field(default=None, ge=0, description=_EPOCH)
 
 
-class _ControlCommand(Message):
+class ControlCommand(Message):
+    """What the three commands share."""
+
     task_id: TaskId = Field(ge=1)
     account_id: AccountId | None = Field(default=None, ge=1, description="if given, the task must belong to it")
     actor: str = Field(default="operator", max_length=200, description="who asks, for the audit trail")
     reason: str | None = Field(default=None, max_length=1000)
 
 
-class PauseTask(_ControlCommand):
+class PauseTask(ControlCommand):
     """Stop at the next batch boundary and hold nothing until resumed."""
 
     type: Literal["PauseTask"] = "PauseTask"
 
 
-class ResumeTask(_ControlCommand):
+class ResumeTask(ControlCommand):
     """Go on from the checkpoint."""
 
     type: Literal["ResumeTask"] = "ResumeTask"
 
 
-class AbortTask(_ControlCommand):
+class AbortTask(ControlCommand):
     """Undo everything, as if the task had never run."""
 
     type: Literal["AbortTask"] = "AbortTask"
 
 
-ControlCommand = PauseTask | ResumeTask | AbortTask
-CONTROL_COMMANDS: dict[Command, type[PauseTask] | type[ResumeTask] | type[AbortTask]] = {
+CONTROL_COMMANDS: dict[Command, type[ControlCommand]] = {
     Command.PAUSE: PauseTask,
     Command.RESUME: ResumeTask,
     Command.ABORT: AbortTask,
@@ -154,7 +163,7 @@ def hint(task: Task) -> tuple[str, Message] | None:
     if queue is None:
         return None
     if task.state is TaskState.QUEUED:
-        return queue, RunTask(task_id=task.task_id)
+        return queue, RunTask(task_id=task.task_id, epoch=task.epoch)
     if task.state is TaskState.ABORTING:
-        return rollback_queue(queue), RollBackTask(task_id=task.task_id)
+        return rollback_queue(queue), RollBackTask(task_id=task.task_id, epoch=task.epoch)
     return None

@@ -1,6 +1,6 @@
 """What a new kind of task implements, and what the runner gives it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,9 +52,17 @@ class Claim(Protocol):
         ...
 
     async def save_plan(
-        self, plan: dict[str, Any], *, bytes_total: int | None = None, rows_total: int | None = None
+        self,
+        plan: dict[str, Any],
+        prepare: Callable[[Connection], Awaitable[None]] | None = None,
+        *,
+        bytes_total: int | None = None,
+        rows_total: int | None = None,
     ) -> None:
-        """Store what this first claim found out, once. Raises Fenced."""
+        """Store what this first claim found out, once, and `prepare` what it needs in the same transaction.
+
+        Raises Fenced.
+        """
         ...
 
 

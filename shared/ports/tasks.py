@@ -50,16 +50,17 @@ class TaskStore(Protocol):
 
     async def get(self, task_id: TaskId, account_id: AccountId | None = None) -> Task | None: ...
 
-    async def claim(self, task_id: TaskId, worker: str, *, steal: bool) -> Task | None:
+    async def claim(self, task_id: TaskId, worker: str, *, steal_from: Epoch | None = None) -> Task | None:
         """Make this worker the task's only writer: epoch + 1 and a lease.
 
-        A task that another worker holds is taken only when its lease has ended, or with `steal`. None when there is
-        nothing to do: ended, paused, held by another, or not yet due. A task whose attempts are used up is failed
+        A task that another worker holds is taken only when its lease has ended, or when its claim is the one that
+        followed the epoch `steal_from`: its message has come back, so that worker is gone. None when there is nothing
+        to do: ended, paused, held by another, or not yet due. A task whose attempts are used up is failed
         with NoProgress, and None is the answer.
         """
         ...
 
-    async def claim_rollback(self, task_id: TaskId, worker: str, *, steal: bool) -> Task | None:
+    async def claim_rollback(self, task_id: TaskId, worker: str, *, steal_from: Epoch | None = None) -> Task | None:
         """The same for a task that is `aborting`."""
         ...
 
@@ -72,11 +73,12 @@ class TaskStore(Protocol):
         task_id: TaskId,
         epoch: Epoch,
         plan: dict[str, Any],
+        prepare: Callable[[Connection], Awaitable[None]] | None = None,
         *,
-        bytes_total: int | None,
-        rows_total: int | None,
+        bytes_total: int | None = None,
+        rows_total: int | None = None,
     ) -> None:
-        """Store what the first claim found out. Raises Fenced."""
+        """Store what the first claim found out, and `prepare` in the same transaction. Raises Fenced."""
         ...
 
     async def commit_batch(
@@ -131,4 +133,16 @@ class TaskStore(Protocol):
         self, task_id: TaskId, epoch: Epoch, undo: Callable[[Connection], Awaitable[None]], *, actor: str
     ) -> Task | None:
         """Undo and end the task in one transaction. None: another worker has it."""
+        ...
+
+    async def lose_expired(self, *, actor: str) -> list[Task]:
+        """Take tasks from workers whose lease has ended: back to the queue, or to the pause they were on the way to."""
+        ...
+
+    async def expire_due(self, *, actor: str) -> list[Task]:
+        """Abort what stayed paused or failed beyond its time."""
+        ...
+
+    async def announce_overdue(self, *, older_than_seconds: float, queues: set[str]) -> list[Task]:
+        """Tell the bus again of tasks that wait although `queues`, which should hold their hints, are empty."""
         ...

@@ -117,12 +117,11 @@ CREATE INDEX outbox_due ON sluice.outbox (due_at);
 
 CREATE TABLE sluice.rejects (
     task_id     bigint NOT NULL REFERENCES sluice.tasks ON DELETE CASCADE,
-    position    bigint NOT NULL,                -- byte offset of the record in the uncompressed source
-    line        bigint NOT NULL,                -- 1 is the first line of the file
+    line        bigint NOT NULL,                -- where the record begins; 1 is the first line of the file
     column_name text,
     reason      text NOT NULL,
-    raw         text NOT NULL,
-    PRIMARY KEY (task_id, position)
+    raw         text NOT NULL,                  -- the record as it stands in the file; what is not text is escaped
+    PRIMARY KEY (task_id, line)
 );
 
 CREATE TABLE sluice.datasets (

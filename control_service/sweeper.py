@@ -1,0 +1,129 @@
+"""Leftovers without an owner: stage tables, multipart uploads, objects, files that were deleted, unpinned loads."""
+
+import re
+from datetime import UTC, datetime, timedelta
+
+import structlog
+
+from shared.adapters.catalog import LOADS_SCHEMA, PgCatalog, drop_load_table
+from shared.domain.task import LoadId
+from shared.ports.database import Database
+from shared.ports.objects import ObjectStore
+
+log = structlog.get_logger()
+
+_ORPHAN_TABLES = """
+SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = $1 AND c.relkind = 'r' AND c.relname ~ '^load_[0-9]+$'
+  AND NOT EXISTS (SELECT FROM sluice.loads l WHERE 'load_' || l.load_id = c.relname)
+  AND NOT EXISTS (SELECT FROM sluice.tasks t WHERE 'load_' || t.task_id = c.relname
+                  AND t.state NOT IN ('succeeded', 'aborted'))
+"""
+
+# An object in the ledger has an owner while its writer says so, or while the task that writes it may go on.
+_ORPHANS_IN_LEDGER = """
+SELECT object_key, upload_id FROM sluice.object_ledger o
+WHERE CASE WHEN task_id IS NULL THEN alive_until < now() - make_interval(secs => $1)
+           ELSE NOT EXISTS (SELECT FROM sluice.tasks t WHERE t.task_id = o.task_id
+                            AND t.state NOT IN ('succeeded', 'aborted')) END
+LIMIT 1000
+"""
+
+_UNKNOWN_KEYS = """
+SELECT key FROM unnest($1::text[]) AS key
+WHERE NOT EXISTS (SELECT FROM sluice.files f WHERE f.object_key = key)
+  AND NOT EXISTS (SELECT FROM sluice.object_ledger o WHERE o.object_key = key)
+"""
+
+# A task that reads a file keeps its bytes, though the file was deleted or replaced, until the task has ended.
+_DELETED_FILES = """
+SELECT file_id, object_key FROM sluice.files f
+WHERE deleted_at IS NOT NULL
+  AND NOT EXISTS (SELECT FROM sluice.tasks t WHERE t.params -> 'source' ->> 'object_key' = f.object_key
+                  AND t.state NOT IN ('succeeded', 'aborted'))
+LIMIT 1000
+"""
+
+_PAGE = 1000
+
+
+class Sweeper:
+    """One sweep removes what it finds; what fails is found again by the next."""
+
+    def __init__(
+        self, database: Database, objects: ObjectStore, catalog: PgCatalog, *, orphan_age_seconds: float
+    ) -> None:
+        self._database = database
+        self._objects = objects
+        self._catalog = catalog
+        self._orphan_age = timedelta(seconds=orphan_age_seconds)
+
+    async def __call__(self) -> None:
+        await self._catalog.purge()
+        await self._orphan_tables()
+        await self._deleted_files()
+        await self._ledger()
+        await self._unknown_uploads()
+        await self._unknown_objects()
+
+    async def _orphan_tables(self) -> None:
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(_ORPHAN_TABLES, LOADS_SCHEMA)
+            for row in rows:
+                number = re.fullmatch(r"load_(\d+)", row["relname"])
+                assert number is not None, "the query asks for this form"
+                await drop_load_table(connection, LoadId(int(number[1])))
+                log.warning("dropped a table without an owner", table=row["relname"])
+
+    async def _deleted_files(self) -> None:
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(_DELETED_FILES)
+        if not rows:
+            return
+        await self._objects.delete(*(row["object_key"] for row in rows))
+        async with self._database.connection() as connection:
+            await connection.execute(
+                "DELETE FROM sluice.files WHERE file_id = ANY($1)", [row["file_id"] for row in rows]
+            )
+
+    async def _ledger(self) -> None:
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(_ORPHANS_IN_LEDGER, self._orphan_age.total_seconds())
+        for row in rows:
+            if row["upload_id"] is not None:
+                await self._objects.abort_upload(row["object_key"], row["upload_id"])
+            await self._objects.delete(row["object_key"])
+            async with self._database.connection() as connection:
+                await connection.execute("DELETE FROM sluice.object_ledger WHERE object_key = $1", row["object_key"])
+            log.warning("removed an object that its writer left", key=row["object_key"])
+
+    async def _unknown_uploads(self) -> None:
+        oldest = datetime.now(UTC) - self._orphan_age
+        old = [u async for u in self._objects.list_uploads("") if u.started_at < oldest]
+        unknown = await self._unknown([upload.key for upload in old])
+        for upload in old:
+            if upload.key in unknown:
+                await self._objects.abort_upload(upload.key, upload.upload_id)
+                log.warning("ended an upload without an owner", key=upload.key)
+
+    async def _unknown_objects(self) -> None:
+        oldest = datetime.now(UTC) - self._orphan_age
+        page: list[str] = []
+        async for found in self._objects.list_objects(""):
+            if found.last_modified < oldest:
+                page.append(found.key)
+            if len(page) == _PAGE:
+                await self._delete_unknown(page)
+                page = []
+        await self._delete_unknown(page)
+
+    async def _delete_unknown(self, keys: list[str]) -> None:
+        for key in await self._unknown(keys):
+            await self._objects.delete(key)
+            log.warning("removed an object without an owner", key=key)
+
+    async def _unknown(self, keys: list[str]) -> set[str]:
+        if not keys:
+            return set()
+        async with self._database.connection() as connection:
+            return {row["key"] for row in await connection.fetch(_UNKNOWN_KEYS, keys)}

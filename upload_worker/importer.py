@@ -1,0 +1,262 @@
+"""The kind `import`: a CSV object becomes a load of a dataset."""
+
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+
+from shared.adapters.catalog import (
+    Column,
+    FinishedLoad,
+    compare_columns,
+    create_stage,
+    disconnect_others,
+    drop_load_table,
+    find_dataset,
+    publish_load,
+    set_lock_timeout,
+)
+from shared.domain.checkpoint import Checkpoint, Range
+from shared.domain.csv_options import ColumnType, Compression
+from shared.domain.errors import (
+    Conflict,
+    CountMismatch,
+    LockTimeout,
+    NotFound,
+    ObjectMissing,
+    SourceChanged,
+    TooManyRejects,
+)
+from shared.domain.import_params import ImportParams, Mode, OnError, SchemaMode, SourceFile
+from shared.domain.task import LoadId, Task
+from shared.ports.database import Connection
+from shared.ports.kinds import Batch, Claim
+from shared.ports.objects import ObjectStore
+from shared.ports.tasks import Progress
+from shared.worker import Tools
+from upload_worker.cutter import cut
+from upload_worker.loading import Loader, keep_rejects
+from upload_worker.plan import CsvPlan
+from upload_worker.sniffing import sniff
+from upload_worker.sources import GzipSource, PlainSource, RangeReader, open_source
+
+log = structlog.get_logger()
+
+# An abort waits this long for the batches in flight to notice; then their sessions are disconnected.
+_GRACE_SECONDS = 0.1
+_LOCK_SECONDS = 5.0
+
+
+class CsvImport:
+    """The `TaskKind` of imports."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._database = tools.database
+        self._objects = tools.objects
+        self._batch_bytes = tools.settings.batch_bytes
+
+    @asynccontextmanager
+    async def open(self, claim: Claim) -> AsyncIterator["ImportJob"]:
+        params = ImportParams.model_validate(claim.task.params)
+        reader = _pinned_reader(self._objects, params.source)
+        if claim.task.plan is None:
+            plan = await self._plan(claim, params, reader)
+        else:
+            plan = CsvPlan.model_validate(claim.task.plan)
+        state = claim.checkpoint.cursor.get("seek_point")
+        source = open_source(reader, params.source.bytes, plan.compression, base64.b85decode(state) if state else None)
+        yield ImportJob(claim, params, plan, source, self._batch_bytes)
+
+    async def discard(self, task: Task) -> None:
+        """An import leaves nothing outside PostgreSQL."""
+
+    async def undo(self, task: Task, connection: Connection) -> None:
+        load_id = LoadId(task.task_id)
+        await set_lock_timeout(connection, _GRACE_SECONDS)
+        try:
+            async with connection.transaction():
+                await drop_load_table(connection, load_id)
+        except LockTimeout:
+            log.info("disconnecting who still writes", sessions=await disconnect_others(connection, load_id))
+            await set_lock_timeout(connection, _LOCK_SECONDS)
+            await drop_load_table(connection, load_id)
+        await connection.execute("DELETE FROM sluice.rejects WHERE task_id = $1", task.task_id)
+
+    async def _plan(self, claim: Claim, params: ImportParams, reader: RangeReader) -> CsvPlan:
+        size = params.source.bytes
+        plan = await sniff(reader, size, params.csv)
+        async with self._database.connection() as connection:
+            plan = await _fitted(connection, claim.task, params, plan)
+        columns = _columns(plan)
+
+        async def prepare(connection: Connection) -> None:
+            await create_stage(connection, LoadId(claim.task.task_id), columns)
+
+        rows = int((size - plan.data_start) / plan.record_bytes) if plan.record_bytes else None
+        plain = plan.compression is Compression.NONE
+        await claim.save_plan(
+            plan.model_dump(mode="json"),
+            prepare,
+            bytes_total=size - plan.data_start if plain else None,
+            rows_total=rows if plain else None,
+        )
+        log.info("planned", columns=len(columns), notes=len(plan.notes), compression=plan.compression)
+        return plan
+
+
+class ImportJob:
+    """The `Job` of one claimed import."""
+
+    def __init__(
+        self, claim: Claim, params: ImportParams, plan: CsvPlan, source: PlainSource | GzipSource, batch_bytes: int
+    ) -> None:
+        self._claim = claim
+        self._params = params
+        self._plan = plan
+        self._source = source
+        self._batch_bytes = batch_bytes
+        self._load_id = LoadId(claim.task.task_id)
+        self._loader = Loader(self._load_id, plan)
+        self._rejects = claim.task.rejects
+
+    async def batches(self, checkpoint: Checkpoint) -> AsyncIterator[Batch]:
+        lines = 1 + self._plan.header_lines
+        for start, end in checkpoint.missing(self._plan.data_start, self._source.size):
+            async for piece in cut(self._source, self._plan, start, end, batch_bytes=self._batch_bytes):
+                first_line = lines + checkpoint.lines_before(piece.start)
+                lines += piece.lines
+                yield Batch(piece.start, piece.end, (piece, first_line), piece.end - piece.start)
+
+    async def run(self, batch: Batch) -> None:
+        piece, first_line = batch.payload
+        async with self._claim.batch() as work:
+            rejects = 0
+            if self._params.on_error is OnError.SKIP:
+                rows, rejected = await self._loader.load_good(work.connection, piece, first_line)
+                rejects = len(rejected)
+                self._rejects += rejects
+                if self._rejects > self._params.max_rejects:
+                    raise TooManyRejects(
+                        f"more than max_rejects ({self._params.max_rejects}) records cannot be loaded; the last: line "
+                        f"{rejected[-1].line}: {rejected[-1].reason}. Look at the task's rejects, correct the file or "
+                        "the csv options, or allow more",
+                        line=rejected[-1].line,
+                    )
+                if rejected:
+                    await keep_rejects(work.connection, self._claim.task.task_id, rejected)
+            else:
+                rows = await self._loader.load(work.connection, piece, first_line)
+            progress = Progress(bytes=batch.bytes, rows=rows, rejects=rejects, bytes_total=self._expected_bytes(batch))
+            work.done(Range(batch.start, batch.end, piece.lines), progress, self._cursor())
+
+    async def seal(self) -> None:
+        """Nothing is open between batches."""
+
+    async def finish(self) -> None:
+        done, start = self._claim.checkpoint, self._plan.data_start
+        size = self._source.size
+        if len(done.done) > 1 or (size is not None and not done.covers(min(start, size), size)):
+            raise CountMismatch(f"the batches done do not cover the file: {done.done}")
+
+    async def publish(self, connection: Connection) -> dict[str, Any]:
+        await disconnect_others(connection, self._load_id)
+        counted = await connection.fetchrow(
+            "SELECT rows_done, rejects, bytes_done FROM sluice.tasks WHERE task_id = $1", self._claim.task.task_id
+        )
+        assert counted is not None, "the row is locked by this transaction"
+        load = FinishedLoad(
+            load_id=self._load_id,
+            account_id=self._claim.task.account_id,
+            rows=counted["rows_done"],
+            rejects=counted["rejects"],
+            bytes=counted["bytes_done"],
+            columns=_columns(self._plan),
+            file_id=self._params.source.file_id,
+            file_name=self._params.source.name,
+        )
+        result = await publish_load(
+            connection,
+            load,
+            self._params.dataset,
+            mode=self._params.mode,
+            evolve=self._params.schema_mode is SchemaMode.EVOLVE,
+            lock_seconds=_LOCK_SECONDS,
+        )
+        return {**result, "notes": self._plan.notes}
+
+    def _cursor(self) -> dict[str, Any] | None:
+        if not isinstance(self._source, GzipSource):
+            return None
+        state = self._source.resume_state(self._claim.checkpoint.prefix(self._plan.data_start))
+        return {"seek_point": base64.b85encode(state).decode()} if state else None
+
+    def _expected_bytes(self, batch: Batch) -> int | None:
+        """The uncompressed size, as far as the part that was read lets one guess it."""
+        if not isinstance(self._source, GzipSource) or not self._source.compressed_position:
+            return None
+        return max(batch.end, round(batch.end * self._params.source.bytes / self._source.compressed_position))
+
+
+def _columns(plan: CsvPlan) -> tuple[Column, ...]:
+    return tuple(Column(column.name, str(column.type)) for column in plan.columns)
+
+
+async def _fitted(connection: Connection, task: Task, params: ImportParams, plan: CsvPlan) -> CsvPlan:
+    """Check early what publishing will check again; appended columns take the dataset's types, not guesses.
+
+    Raises Conflict, NotFound or SchemaMismatch.
+    """
+    dataset = await find_dataset(connection, task.account_id, params.dataset)
+    if params.mode is Mode.CREATE and dataset is not None:
+        raise Conflict(f"there is a dataset {params.dataset!r} already; import with mode append or replace")
+    if params.mode is not Mode.APPEND:
+        return plan
+    if dataset is None:
+        raise NotFound(f"there is no dataset {params.dataset!r} to append to; import with mode create")
+    asked = _asked_types(params)
+    theirs = {column.name: column.type for column in dataset.columns}
+    names = [column.name for column in plan.columns]
+    if not plan.header_lines and len(names) == len(theirs) and not params.csv.columns:
+        names = list(theirs)
+    columns = [
+        column.model_copy(
+            update={
+                "name": name,
+                "type": ColumnType(theirs[name]) if name in theirs and name not in asked else column.type,
+            }
+        )
+        for name, column in zip(names, plan.columns, strict=True)
+    ]
+    plan = plan.model_copy(update={"columns": columns})
+    compare_columns(dataset.columns, _columns(plan), evolve=params.schema_mode is SchemaMode.EVOLVE)
+    return plan
+
+
+def _asked_types(params: ImportParams) -> set[str]:
+    columns = params.csv.columns
+    if columns is None:
+        return set()
+    if isinstance(columns, dict):
+        return set(columns)
+    return {column.name for column in columns if column.name and column.type}
+
+
+def _pinned_reader(objects: ObjectStore, source: SourceFile) -> RangeReader:
+    """Reads the object as it was when the task was accepted. Raises SourceChanged when it no longer is."""
+
+    async def read(start: int, end: int | None) -> AsyncIterator[bytes]:
+        end = source.bytes if end is None else min(end, source.bytes)
+        if start >= end:
+            return
+        try:
+            async for chunk in objects.read(source.object_key, etag=source.etag, start=start, end=end):
+                yield chunk
+        except ObjectMissing as error:
+            raise SourceChanged(
+                f"the stored bytes of file {source.name!r} are gone; abort this task, upload the file again and start "
+                "a new import"
+            ) from error
+
+    return read

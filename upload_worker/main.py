@@ -1,0 +1,14 @@
+"""The upload worker: imports stored files into datasets."""
+
+from shared.domain.messages import IMPORT_QUEUE
+from shared.domain.task import Kind
+from shared.worker import run_worker
+from upload_worker.importer import CsvImport
+
+
+def main() -> None:
+    run_worker("upload-worker", IMPORT_QUEUE, lambda tools: {Kind.IMPORT: CsvImport(tools)})
+
+
+if __name__ == "__main__":
+    main()
