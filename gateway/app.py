@@ -1,0 +1,159 @@
+"""The web application: the table of operations as routes, and what surrounds every request."""
+
+import re
+from collections.abc import Awaitable, Callable
+from uuid import uuid4
+
+import orjson
+import structlog
+from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
+
+from gateway.bodies import defer_continue
+from gateway.context import Gateway
+from gateway.openapi import openapi
+from gateway.operations import Answer, Auth, Call, Operation, bind
+from gateway.problems import REQUEST_ID, problem, router_problem, unexpected_problem
+from gateway.routes import accounts, datasets, files, health, tasks
+from shared.domain.errors import SluiceError, Unauthenticated
+
+log = structlog.get_logger()
+
+GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway")
+DOCUMENT: web.AppKey[bytes] = web.AppKey("document")
+USERNAME = web.RequestKey("username", str)
+READ_BUFFER_BYTES = 256 * 1024
+KEEP_ALIVE_SECONDS = 75
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def show_openapi(call: Call) -> web.Response:
+    """Describe this API in OpenAPI 3.1."""
+    return web.Response(body=call.request.app[DOCUMENT], content_type="application/json")
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    *health.OPERATIONS,
+    Operation(
+        "GET",
+        "/openapi.json",
+        show_openapi,
+        {200: Answer("The document.", media_type="application/json")},
+        auth=Auth.NONE,
+    ),
+    *accounts.OPERATIONS,
+    *files.OPERATIONS,
+    *tasks.OPERATIONS,
+    *datasets.OPERATIONS,
+)
+
+
+def build_app(gateway: Gateway) -> web.Application:
+    app = web.Application(middlewares=[_answer_every_error])
+    app[GATEWAY] = gateway
+    app[DOCUMENT] = orjson.dumps(openapi(OPERATIONS))
+    for operation in OPERATIONS:
+        app.router.add_route(
+            operation.method, operation.route_path, _endpoint(operation), expect_handler=defer_continue
+        )
+    app.on_response_prepare.append(_name_request)
+    app.on_shutdown.append(_let_waiters_go)
+    app.on_cleanup.append(_finish_cleaning)
+    return app
+
+
+def build_runner(app: web.Application, *, drain_seconds: float) -> web.AppRunner:
+    """What serves `app`. On cleanup requests in flight get `drain_seconds` before they are cancelled."""
+    return web.AppRunner(
+        app,
+        access_log_class=AccessLog,
+        # A file is stored as it was sent, whatever Content-Encoding says.
+        auto_decompress=False,
+        read_bufsize=READ_BUFFER_BYTES,
+        keepalive_timeout=KEEP_ALIVE_SECONDS,
+        shutdown_timeout=drain_seconds,
+    )
+
+
+def _endpoint(operation: Operation) -> _Handler:
+    serve = bind(operation)
+
+    async def endpoint(request: web.Request) -> web.StreamResponse:
+        gateway = request.app[GATEWAY]
+        caller = None
+        if operation.auth is not Auth.NONE:
+            caller = await gateway.authenticator.account(request.headers.get("Authorization"))
+        if caller is not None:
+            structlog.contextvars.bind_contextvars(account=caller.username)
+            request[USERNAME] = caller.username
+        elif operation.auth is Auth.REQUIRED:
+            raise Unauthenticated("say who you are: HTTP Basic or a bearer token")
+        return await serve(Call(gateway, request, caller))
+
+    return endpoint
+
+
+@web.middleware
+async def _answer_every_error(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    given = request.headers.get("X-Request-Id", "")
+    request[REQUEST_ID] = request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+    structlog.contextvars.bind_contextvars(request_id=request_id)  # of this request's own task
+    try:
+        return await handler(request)
+    except ConnectionError as error:
+        log.info("the client left", method=request.method, path=request.path, error=str(error))
+        raise  # aiohttp closes the connection
+    except web.HTTPException as error:
+        return router_problem(request, error)
+    except SluiceError as error:
+        _cut_if_begun(request, error)
+        if error.status >= 500:
+            log.warning("request failed", code=error.code, reason=error.detail)
+        return problem(request, error)
+    except Exception as error:
+        log.exception("unexpected error", method=request.method, path=request.path)
+        _cut_if_begun(request, error)
+        return unexpected_problem(request)
+
+
+def _cut_if_begun(request: web.Request, error: Exception) -> None:
+    """Once an answer has begun there is no other: the connection is cut, so that a part never looks like the whole."""
+    if request.writer.output_size:
+        log.warning("an answer was cut", method=request.method, path=request.path, error=str(error))
+        raise ConnectionAbortedError("cut in the middle of an answer") from error
+
+
+async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
+
+
+async def _let_waiters_go(app: web.Application) -> None:
+    app[GATEWAY].watch.close()
+
+
+async def _finish_cleaning(app: web.Application) -> None:
+    await app[GATEWAY].uploads.drain()
+
+
+class AccessLog(AbstractAccessLogger):
+    """One structured line and one count for each request that was answered."""
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        if not isinstance(request, web.Request):
+            return  # not even HTTP
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource is not None else "none"
+        request.app[GATEWAY].metrics.answered(request.method, route, response.status, time)
+        log.info(
+            "request",
+            method=request.method,
+            path=request.path,
+            status=response.status,
+            seconds=round(time, 4),
+            bytes=response.body_length,
+            remote=request.remote,
+            account=request.get(USERNAME),
+            request_id=request.get(REQUEST_ID),
+        )

@@ -1,0 +1,113 @@
+"""Datasets and their loads in PostgreSQL, and a first look at their rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from shared.adapters.catalog import data_schema
+from shared.adapters.postgres import quoted
+from shared.domain.errors import NotFound
+from shared.domain.task import AccountId
+from shared.ports.database import Database
+
+PREVIEW_MILLISECONDS = 5000
+MOST_LOADS_SHOWN = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    dataset_id: int
+    name: str
+    schema: str
+    columns: list[dict[str, Any]]
+    rows: int
+    loads: int
+    bytes: int
+    created_at: datetime
+    updated_at: datetime
+
+    @property
+    def sql_table(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    load_id: int
+    rows: int
+    rejects: int
+    bytes: int
+    file_id: int | None
+    file_name: str | None
+    attached_at: datetime
+
+
+_DATASETS = """
+SELECT d.dataset_id, d.name, a.username, d.columns, d.created_at, d.updated_at,
+    coalesce(sum(l.rows), 0)::bigint AS rows, count(l.load_id) AS loads, coalesce(sum(l.bytes), 0)::bigint AS bytes
+FROM sluice.datasets d JOIN sluice.accounts a USING (account_id)
+    LEFT JOIN sluice.loads l ON l.dataset_id = d.dataset_id AND l.detached_at IS NULL
+WHERE d.account_id = $1 AND ($2::text IS NULL OR d.name = $2) AND ($3::bigint IS NULL OR d.dataset_id < $3)
+GROUP BY d.dataset_id, a.username
+ORDER BY d.dataset_id DESC LIMIT $4
+"""
+
+
+def _dataset(row: Mapping[str, Any]) -> Dataset:
+    fields = dict(row)
+    return Dataset(schema=data_schema(fields.pop("username")), **fields)
+
+
+class Datasets:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def page(self, account_id: AccountId, *, before: int | None, limit: int) -> Sequence[Dataset]:
+        """Newest first, those with a number below `before`."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(_DATASETS, account_id, None, before, limit)
+        return [_dataset(row) for row in rows]
+
+    async def get(self, account_id: AccountId, name: str) -> Dataset:
+        """Raises NotFound."""
+        async with self._database.connection() as connection:
+            row = await connection.fetchrow(_DATASETS, account_id, name, None, 1)
+        if row is None:
+            raise NotFound(f"there is no dataset {name}")
+        return _dataset(row)
+
+    async def exists(self, account_id: AccountId, name: str) -> bool:
+        async with self._database.connection() as connection:
+            found = await connection.fetchval(
+                "SELECT true FROM sluice.datasets WHERE account_id = $1 AND name = $2", account_id, name
+            )
+        return bool(found)
+
+    async def loads(self, dataset: Dataset) -> Sequence[Load]:
+        """Newest first, `MOST_LOADS_SHOWN` at most."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(
+                "SELECT load_id, rows, rejects, bytes, file_id, file_name, attached_at FROM sluice.loads"
+                " WHERE dataset_id = $1 AND detached_at IS NULL ORDER BY load_id DESC LIMIT $2",
+                dataset.dataset_id,
+                MOST_LOADS_SHOWN,
+            )
+        return [Load(**row) for row in rows]
+
+    async def preview(self, dataset: Dataset, *, load_id: int | None, limit: int) -> Sequence[str]:
+        """Some rows, each as the text of a JSON object: numbers keep every digit. Raises StatementTimeout."""
+        columns = ", ".join(quoted(column["name"]) for column in dataset.columns)
+        table = f"{quoted(dataset.schema)}.{quoted(dataset.name)}"
+        async with self._database.transaction() as connection:
+            await connection.execute(
+                "SELECT set_config('statement_timeout', $1, true), set_config('transaction_read_only', 'on', true)",
+                str(PREVIEW_MILLISECONDS),
+            )
+            rows = await connection.fetch(
+                f"SELECT row_to_json(r)::text AS row FROM (SELECT {columns} FROM {table}"  # noqa: S608 - quoted
+                " WHERE $1::bigint IS NULL OR _load = $1 LIMIT $2) r",
+                load_id,
+                limit,
+            )
+        return [row["row"] for row in rows]

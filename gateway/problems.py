@@ -1,0 +1,107 @@
+"""Errors as problem documents (RFC 9457): every error of the project, of the router, and what nobody expected."""
+
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.domain.errors import InvalidRequest, Retryable, SluiceError, TooManyRequests, Unauthenticated
+
+REQUEST_ID = web.RequestKey("request_id", str)
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = {Retryable: 5, TooManyRequests: 1}
+
+
+class Malformed(SluiceError):
+    """Not even readable: broken JSON, a broken chunk, an address that is not UTF-8."""
+
+    code = "malformed"
+    status = HTTPStatus.BAD_REQUEST
+
+
+class UnsupportedMediaType(SluiceError):
+    code = "unsupported-media-type"
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+
+
+class Problem(BaseModel):
+    """What every error answers. Further members belong to the type."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(description="urn:sluice:problem:CODE; CODE never changes its meaning")
+    title: str
+    status: int
+    detail: str = Field(description="what was wrong, where, and what to do")
+    instance: str = Field(description="the path that was asked")
+    request_id: str = Field(description="the same as in the header X-Request-Id and in the logs")
+
+
+def title(error: type[SluiceError]) -> str:
+    return error.code.replace("-", " ").capitalize()
+
+
+def _document(request: web.Request, code: str, name: str, status: int, detail: str) -> dict[str, Any]:
+    return {
+        "type": f"urn:sluice:problem:{code}",
+        "title": name,
+        "status": status,
+        "detail": detail,
+        "instance": request.path,
+        "request_id": request.get(REQUEST_ID, ""),
+    }
+
+
+def _response(document: dict[str, Any]) -> web.Response:
+    return web.Response(status=document["status"], body=orjson.dumps(document, default=str), content_type=MEDIA_TYPE)
+
+
+def problem(request: web.Request, error: SluiceError) -> web.Response:
+    """The answer to an error of ours."""
+    document = _document(request, error.code, title(type(error)), int(error.status), error.detail)
+    response = _response({**error.extra, **document})
+    for kind, seconds in RETRY_AFTER_SECONDS.items():
+        if isinstance(error, kind):
+            response.headers["Retry-After"] = str(seconds)
+    if isinstance(error, Unauthenticated):
+        response.headers.add("WWW-Authenticate", 'Basic realm="sluice", charset="UTF-8"')
+        response.headers.add("WWW-Authenticate", 'Bearer realm="sluice"')
+    return response
+
+
+def router_problem(request: web.Request, error: web.HTTPException) -> web.Response:
+    """The answer when no operation fits: 404, 405, 417."""
+    phrase = HTTPStatus(error.status).phrase
+    details = {
+        404: "there is nothing at this address; see /openapi.json for what there is",
+        405: f"{request.method} is not possible here",
+        413: "the request is larger than allowed",
+        417: "of all expectations only 100-continue can be met",
+    }
+    code = phrase.lower().replace(" ", "-")
+    response = _response(_document(request, code, phrase, error.status, details.get(error.status, phrase)))
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
+def unexpected_problem(request: web.Request) -> web.Response:
+    """The answer to a fault of ours, without a word about the inside."""
+    detail = "this is a fault of the server; the request id finds it in the logs"
+    return _response(_document(request, "internal", "Internal server error", 500, detail))
+
+
+def faults(error: ValidationError, *, where: str) -> InvalidRequest:
+    """Pydantic's findings, by field, without the values (they may be secrets)."""
+    found = [
+        {
+            "in": where,
+            "field": ".".join(str(step) for step in item["loc"]),
+            "fault": item["msg"].removeprefix("Value error, "),
+        }
+        for item in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
+    lines = [f"{item['field']}: {item['fault']}" if item["field"] else item["fault"] for item in found[:5]]
+    return InvalidRequest(f"the {where} is not right: {'; '.join(lines)}", errors=found[:50])

@@ -1,0 +1,95 @@
+"""Datasets: what is in them, a first look, and taking loads or all of it away."""
+
+import orjson
+from aiohttp import web
+from pydantic import Field
+
+from gateway import paging
+from gateway.datasets import Dataset
+from gateway.operations import Answer, Call, Operation, Query, Reply
+from gateway.schemas import DatasetDetail, DatasetPage, DatasetView, LoadView, RowList
+from shared.domain.errors import LockTimeout, NotFound, StatementTimeout
+from shared.domain.import_params import BIGINT_MAX
+from shared.domain.task import LoadId
+
+
+class RowQuery(Query):
+    limit: int = Field(default=100, ge=1, le=1000)
+    load: int | None = Field(default=None, ge=1, le=BIGINT_MAX, description="only rows of this load")
+
+
+async def list_datasets(call: Call, query: paging.PageQuery) -> Reply:
+    """List datasets, newest first."""
+    found = await call.gateway.datasets.page(call.account.account_id, before=query.position, limit=query.limit + 1)
+    datasets, more = paging.split(found, query.limit)
+    cursor = paging.encode_cursor(datasets[-1].dataset_id) if more else None
+    page = DatasetPage(datasets=[DatasetView.of(dataset) for dataset in datasets], next_cursor=cursor)
+    return Reply(page, headers=paging.link_header(call.request, cursor))
+
+
+async def show_dataset(call: Call) -> Reply:
+    """Show a dataset and its loads."""
+    dataset = await _dataset(call)
+    loads = await call.gateway.datasets.loads(dataset)
+    return Reply(DatasetDetail.of(dataset, load_list=[LoadView.of(load) for load in loads]))
+
+
+async def show_rows(call: Call, query: RowQuery) -> web.Response:
+    """Show some rows, in no particular order."""
+    dataset = await _dataset(call)
+    rows = await call.gateway.datasets.preview(dataset, load_id=query.load, limit=query.limit)
+    # Fragments, because decoding would round numbers that are longer than a double.
+    document = {"columns": dataset.columns, "rows": [orjson.Fragment(row) for row in rows]}
+    return web.Response(body=orjson.dumps(document), content_type="application/json")
+
+
+async def drop_dataset(call: Call) -> Reply:
+    """Drop a dataset with all its loads."""
+    dataset = await _dataset(call)
+    await call.gateway.catalog.drop(call.account.account_id, dataset.name)
+    return Reply(status=204)
+
+
+async def revert_load(call: Call) -> Reply:
+    """Take one load out of a dataset, as if it had never been imported."""
+    load_id = LoadId(call.id("load_id"))
+    dataset = await _dataset(call)
+    await call.gateway.catalog.revert(call.account.account_id, dataset.name, load_id)
+    return Reply(status=204)
+
+
+async def _dataset(call: Call) -> Dataset:
+    return await call.gateway.datasets.get(call.account.account_id, call.request.match_info["dataset"])
+
+
+OPERATIONS = [
+    Operation("GET", "/v1/datasets", list_datasets, {200: Answer("A page.", DatasetPage, headers=["Link"])}),
+    Operation(
+        "GET",
+        "/v1/datasets/{dataset}",
+        show_dataset,
+        {200: Answer("The dataset.", DatasetDetail)},
+        problems=[NotFound],
+    ),
+    Operation(
+        "GET",
+        "/v1/datasets/{dataset}/rows",
+        show_rows,
+        {200: Answer("The rows.", RowList)},
+        problems=[NotFound, StatementTimeout],
+    ),
+    Operation(
+        "DELETE",
+        "/v1/datasets/{dataset}",
+        drop_dataset,
+        {204: Answer("It is dropped.")},
+        problems=[NotFound, LockTimeout],
+    ),
+    Operation(
+        "DELETE",
+        "/v1/datasets/{dataset}/loads/{load_id}",
+        revert_load,
+        {204: Answer("It is reverted.")},
+        problems=[NotFound, LockTimeout],
+    ),
+]
