@@ -3,12 +3,20 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
-from shared.domain.errors import InvalidData
+from shared.domain.errors import BadRecord, InvalidData
 from upload_worker.encoding import Encoding
 from upload_worker.plan import CsvPlan, Dialect
-from upload_worker.records import fragments, last_record_end, line_count, ready_for_copy, record_count
-from upload_worker.sources import ByteSource
+from upload_worker.records import (
+    fragments,
+    last_record_end,
+    line_count,
+    ready_for_copy,
+    record_count,
+    split_records,
+)
+from upload_worker.sources import ByteSource, closing
 
 BATCH_BYTES = 4 << 20
 MAX_RECORD_BYTES = 64 << 20
@@ -23,10 +31,15 @@ class Batch:
 
     start: int
     end: int
-    data: bytes
+    line: int
+    """The number, in the file, of the first line of this range."""
     lines: int
-    """Physical lines of the file in this range."""
+    """How many physical lines of the file end in this range."""
+    data: bytes
+    raw: bytes
+    """As in the file but in UTF-8; the same object as `data` unless that had to be rewritten for COPY."""
     dialect: Dialect
+    skips_blank_lines: bool = True
     open_quote: bool = False
     """The range is one record whose quoted field the file never closes; COPY refuses it."""
 
@@ -38,11 +51,24 @@ class Batch:
         """Whether that many records were cut; counts them only when there are fewer rows than lines."""
         return rows == self.data.count(b"\n") or rows == self.records
 
+    def line_of(self, offset: int) -> int:
+        """The number, in the file, of the line on which the record at `offset` of `data` begins."""
+        if self.raw is self.data:
+            return self.line + line_count(self.data[:offset])
+        starts = (
+            start
+            for start, end in split_records(self.raw, self.dialect)
+            if not self.skips_blank_lines or self.raw[start:end].strip(b"\r\n")
+        )
+        start = next(islice(starts, record_count(self.data[:offset], self.dialect), None))
+        return self.line + line_count(self.raw[:start])
+
 
 class RecordCutter:
     """Collects chunks and hands out blocks of whole records.
 
-    Counts the quotes of each chunk as it comes, so that a record of any length is looked at once.
+    Counts the quotes of each chunk as it comes and searches no chunk twice, so that the work does not grow
+    with the length of a record.
     """
 
     def __init__(self, dialect: Dialect, batch_bytes: int) -> None:
@@ -54,9 +80,6 @@ class RecordCutter:
         self._in_quotes = False
         self._size = 0
         self._held = b""
-        # A CRLF, or an escape and what it escapes, must not fall apart between chunks.
-        escapes = b"" if dialect.escape == dialect.quote else dialect.escape_byte
-        self._holdable = b"\r" + escapes
 
     @property
     def pending_bytes(self) -> int:
@@ -72,10 +95,8 @@ class RecordCutter:
         if self._held:
             chunk = self._held + chunk
             self._held = b""
-        if chunk[-1:] and chunk[-1] in self._holdable:
-            kept = chunk.rstrip(self._holdable)
-            self._held = chunk[len(kept) :]
-            chunk = kept
+        if self._splits_a_pair(chunk):
+            self._held, chunk = chunk[-1:], chunk[:-1]
         if chunk:
             self._add(chunk)
         return self._take() if self._size >= self._batch_bytes else None
@@ -87,11 +108,19 @@ class RecordCutter:
             self._held = b""
         whole = b""
         if self._in_quotes:
-            self._searched = 0
             whole = self._take() or b""
         rest = b"".join(self._chunks)
         self._chunks, self._size = [], 0
         return (whole, rest) if self._in_quotes else (rest, b"")
+
+    def _splits_a_pair(self, chunk: bytes) -> bool:
+        """Whether CR and LF, or an escape and what it escapes, would fall apart after this chunk."""
+        if chunk.endswith(b"\r"):
+            return True
+        escape = self._dialect.escape_byte
+        if self._dialect.escape == self._dialect.quote or not chunk.endswith(escape):
+            return False
+        return (len(chunk) - len(chunk.rstrip(escape))) % 2 == 1
 
     def _add(self, chunk: bytes) -> None:
         self._chunks.append(chunk)
@@ -114,7 +143,7 @@ class RecordCutter:
                 opens = self._opens_in_quotes[after:]
                 self._opens_in_quotes = [False, *opens] if tail else opens
                 self._size -= len(block)
-                self._searched = 0
+                self._searched = len(self._chunks)
                 return block
         self._searched = len(self._chunks)
         return None
@@ -126,10 +155,13 @@ async def cut(
     start: int,
     end: int | None = None,
     *,
+    line: int = 1,
     batch_bytes: int = BATCH_BYTES,
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> AsyncIterator[Batch]:
     """Batches of `[start, end)`, which must be record boundaries; without `end`, to the end of the object.
+
+    `line` is the number of the line at `start`. Leave early through `contextlib.aclosing`.
 
     Raises InvalidData for a record longer than `max_record_bytes`.
     """
@@ -139,19 +171,22 @@ async def cut(
     position, fed = start, start
 
     def batch(block: bytes, end: int, open_quote: bool = False) -> Batch:
-        nonlocal position
-        begin, position = position, end
-        data = ready_for_copy(encoding.to_utf8(block), plan.dialect, skip_blank_lines=plan.skips_blank_lines)
-        return Batch(begin, end, data, line_count(block), plan.dialect, open_quote)
+        nonlocal position, line
+        raw = encoding.to_utf8(block)
+        data = ready_for_copy(raw, plan.dialect, skip_blank_lines=plan.skips_blank_lines)
+        lines = line_count(raw)
+        made = Batch(position, end, line, lines, data, raw, plan.dialect, plan.skips_blank_lines, open_quote)
+        position, line = end, line + lines
+        return made
 
-    chunks = source.read(start, end)
-    async for chunk in chunks:
-        fed += len(chunk)
-        block = cutter.feed(decoder.decode(chunk))
-        if block is not None:
-            yield batch(block, position + encoding.source_bytes(block))
-        elif cutter.pending_bytes > max_record_bytes:
-            raise record_too_long(position, max_record_bytes)
+    async with closing(source.read(start, end)) as chunks:
+        async for chunk in chunks:
+            fed += len(chunk)
+            block = cutter.feed(decoder.decode(chunk))
+            if block is not None:
+                yield batch(block, position + encoding.source_bytes(block))
+            elif cutter.pending_bytes > max_record_bytes:
+                raise record_too_long(position, line, max_record_bytes)
     block = cutter.feed(decoder.decode(b"", final=True))
     if block is not None:
         yield batch(block, position + encoding.source_bytes(block))
@@ -162,10 +197,22 @@ async def cut(
         yield batch(unclosed, fed, open_quote=True)
 
 
-def record_too_long(position: int, max_record_bytes: int) -> InvalidData:
+def record_too_long(position: int, line: int, max_record_bytes: int) -> InvalidData:
     return InvalidData(
-        f"The record that begins at byte {position} is longer than {max_record_bytes >> 20} MiB. "
+        f"The record that begins at line {line} (byte {position}) is longer than {max_record_bytes} bytes. "
         "Probably a quote there is never closed: correct the file, or set the right quote and escape "
         "characters in the import's csv options.",
+        line=line,
         position=position,
+    )
+
+
+def quote_left_open(batch: Batch) -> BadRecord:
+    """The error for a batch with `open_quote`."""
+    return BadRecord(
+        f"The record that begins at line {batch.line} (byte {batch.start}) has a quote "
+        f"({batch.dialect.quote}) that is not closed up to the end of the file. Correct the file, or set the "
+        "right quote and escape characters in the import's csv options.",
+        line=batch.line,
+        position=batch.start,
     )

@@ -50,6 +50,19 @@ class Encoding:
     def is_wide(self) -> bool:
         return codecs.lookup(self.name).name.startswith(("utf-16", "utf-32"))
 
+    @cached_property
+    def is_multibyte(self) -> bool:
+        """Whether a byte that looks like ASCII can be the second half of a character."""
+        if self.is_wide or self._is_utf8:
+            return False
+        decoder = codecs.getincrementaldecoder(self.name)("ignore")
+        for byte in range(128, 256):
+            decoder.reset()
+            decoder.decode(bytes([byte]))
+            if decoder.getstate()[0]:
+                return True
+        return False
+
     def decoder(self) -> Decoder:
         """What chunks of the object go through before they are cut."""
         return _WideDecoder(self.name) if self.is_wide else _AsIs()
@@ -79,8 +92,15 @@ _WESTERN = frozenset({"ascii", "cp1252", "latin_1", "iso8859_1", "iso8859_15", "
 _CHARSET_SAMPLE_BYTES = 32 << 10
 _BYTE_ORDERS = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}
 _ESCAPED = re.compile("[\udc80-\udcff]")
+_UNDECODABLE = re.compile(rb"\xed\xb2[\x80-\xbf]|\xed\xb3[\x80-\xbf]")
 _NON_ASCII = re.compile("[^\x00-\x7f\udc80-\udcff]")
 _LINE_WITH_HIGH_BYTE = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*[\r\n]*")
+
+
+def undecodable(record: bytes) -> int | None:
+    """The first byte that the file's encoding does not know, from a record that `to_utf8` made."""
+    found = _UNDECODABLE.search(record)
+    return found.group().decode("utf-8", "surrogatepass").encode("ascii", "surrogateescape")[0] if found else None
 
 
 def guess_encoding(head: bytes, chosen: str | None, whole: bool) -> tuple[str, int, list[dict[str, Any]]]:

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from shared.domain.csv_options import ColumnOption, ColumnType, Compression, CsvOptions
@@ -14,7 +14,7 @@ from upload_worker.dialects import guess_dialect
 from upload_worker.encoding import Encoding, guess_encoding
 from upload_worker.plan import Column, CsvPlan, Dialect
 from upload_worker.records import fragments, last_record_end, line_count, parse_fields, split_records
-from upload_worker.sources import ByteSource
+from upload_worker.sources import ByteSource, RangeReader, closing, open_source
 
 SAMPLE_BYTES = 512 << 10
 FAR_SAMPLE_BYTES = 64 << 10
@@ -25,19 +25,40 @@ MAX_HEAD_BYTES = 8 << 20
 Row = list[str]
 
 
-def guess_compression(head: bytes) -> Compression:
-    """By the first bytes, never by the name."""
-    return Compression.GZIP if head.startswith(b"\x1f\x8b\x08") else Compression.NONE
+MAGIC_BYTES = 8
+_NOT_CSV = (
+    (b"PK\x03\x04", "a ZIP archive or an Excel workbook"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook"),
+    (b"PAR1", "a Parquet file"),
+    (b"%PDF-", "a PDF document"),
+    (b"BZh", "compressed with bzip2"),
+    (b"\xfd7zXZ\x00", "compressed with xz"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd"),
+    (b"7z\xbc\xaf", "a 7z archive"),
+)
 
 
-async def sniff(source: ByteSource, options: CsvOptions, compression: Compression = Compression.NONE) -> CsvPlan:
-    """The plan for an object whose uncompressed bytes `source` gives.
+def guess_compression(magic: bytes) -> Compression:
+    """By the first bytes, never by the name. Raises InvalidData for what is certainly no CSV."""
+    if magic.startswith(b"\x1f\x8b\x08"):
+        return Compression.GZIP
+    for beginning, what in _NOT_CSV:
+        if magic.startswith(beginning):
+            raise InvalidData(f"The file is {what}, not CSV. Upload it as CSV, plain or compressed with gzip.")
+    return Compression.NONE
 
-    Raises InvalidData for a file without a record, for more columns than a table can have, and where the
-    options do not fit the file.
+
+async def sniff(reader: RangeReader, size: int, options: CsvOptions) -> CsvPlan:
+    """The plan for an object of `size` stored bytes.
+
+    Raises InvalidData for a file that is no CSV or has no record, for more columns than a table can have,
+    and where the options do not fit the file.
     """
+    magic = await _read(reader(0, min(size, MAGIC_BYTES)), MAGIC_BYTES)
+    compression = options.compression or guess_compression(magic)
+    source = open_source(reader, size, compression)
     for sample_bytes in (SAMPLE_BYTES, MAX_HEAD_BYTES):
-        head = await _read(source, 0, sample_bytes)
+        head = await _read(source.read(0, sample_bytes), sample_bytes)
         whole = len(head) < sample_bytes
         if not head:
             raise InvalidData("The file is empty: there is no header and no record to import.")
@@ -45,6 +66,11 @@ async def sniff(source: ByteSource, options: CsvOptions, compression: Compressio
         codec = Encoding(encoding)
         block = codec.decoder().decode(head[bom:], final=whole)
         dialect = await asyncio.to_thread(guess_dialect, _whole_lines(codec.to_utf8(block), whole), options)
+        if codec.is_multibyte and not {dialect.quote, dialect.escape} <= {'"', "'"}:
+            raise InvalidData(
+                f"A {encoding} file can only be read with ordinary quotes that are doubled inside quotes. "
+                "Convert it to UTF-8 and upload it again."
+            )
         if whole or last_record_end(block, dialect):
             break
     sample = _Sample(block, whole, dialect, codec)
@@ -87,14 +113,14 @@ def _no_record(sample: _Sample, head_bytes: int) -> InvalidData:
     return InvalidData("The file holds nothing but blank lines: there is no header and no record to import.")
 
 
-async def _read(source: ByteSource, start: int, length: int) -> bytes:
-    chunks, size = [], 0
-    async for chunk in source.read(start, start + length):
-        chunks.append(chunk)
-        size += len(chunk)
-        if size >= length:
-            break
-    return b"".join(chunks)[:length]
+async def _read(stream: AsyncIterator[bytes], length: int) -> bytes:
+    data = bytearray()
+    async with closing(stream) as chunks:
+        async for chunk in chunks:
+            data += chunk
+            if len(data) >= length:
+                break
+    return bytes(data[:length])
 
 
 def _whole_lines(data: bytes, whole: bool) -> bytes:
@@ -111,7 +137,7 @@ async def _far_rows(source: ByteSource, sample: _Sample, bom: int) -> list[Row]:
     rows: list[Row] = []
     for number in range(1, FAR_SAMPLES + 1):
         start = max(bom + len(sample.block), (source.size - FAR_SAMPLE_BYTES) * number // FAR_SAMPLES)
-        block = await _read(source, start, FAR_SAMPLE_BYTES)
+        block = await _read(source.read(start, start + FAR_SAMPLE_BYTES), FAR_SAMPLE_BYTES)
         first = re.search(rb"[\r\n]+", block)
         if first is None:
             continue
