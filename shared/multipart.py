@@ -124,7 +124,9 @@ class MultipartWriter:
         try:
             self._upload_id = await asyncio.shield(creating)
         except asyncio.CancelledError:
-            self._upload_id = await creating  # so that `abort` knows it
+            await asyncio.wait([creating])
+            if not creating.cancelled() and creating.exception() is None:
+                self._upload_id = creating.result()  # so that `abort` knows it
             raise
         if self._on_upload_created:
             await self._on_upload_created(self._upload_id)

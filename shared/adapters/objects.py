@@ -15,8 +15,8 @@ Considerations
   compared; completing twice answers alike; aborting a completed upload succeeds and leaves the object;
   listed upload keys come unquoted although the answer says `url`, so we ask for no encoding; `a//b` is `a/b`;
   a part sent twice is listed twice, stamped to the second, and completing takes the one whose ETag is named.
-- minio 7.2.20 never sets `next_upload_id_marker` (it is stored under another name): the last upload of a
-  page is the marker.
+- SeaweedFS pages uploads by their ids alone and S3 by key and id, so the markers go back as they came;
+  minio 7.2.20 keeps one of them under a misspelt name.
 """
 
 import asyncio
@@ -180,10 +180,11 @@ class S3ObjectStore:
                 assert upload.initiated_time is not None
                 key = upload.object_name.removeprefix(self._prefix)
                 yield UploadInfo(key, upload.upload_id, upload.initiated_time)
-            if not page.is_truncated or not page.uploads:
+            next_id = getattr(page, "self._next_upload_id_marker", page.next_upload_id_marker)
+            markers = {"key-marker": page.next_key_marker, "upload-id-marker": next_id}
+            previous, marker = marker, {name: value for name, value in markers.items() if value}
+            if not page.is_truncated or marker == previous:
                 return
-            last = page.uploads[-1]
-            marker = {"key-marker": last.object_name, "upload-id-marker": last.upload_id or ""}
 
     async def compose(
         self,

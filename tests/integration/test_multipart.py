@@ -119,6 +119,33 @@ async def test_a_cancel_leaves_nothing_on_its_way(store: CountingStore) -> None:
     assert await nothing_is_left(store)
 
 
+async def test_a_cancel_while_the_upload_is_created_leaves_nothing(
+    store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = store.create_upload
+    created, go_on = asyncio.Event(), asyncio.Event()
+
+    async def create_slowly(key: str, *, content_type: str) -> str:
+        upload_id = await create(key, content_type=content_type)
+        created.set()
+        await go_on.wait()
+        return upload_id
+
+    monkeypatch.setattr(store, "create_upload", create_slowly)
+
+    async def stream() -> None:
+        async with MultipartWriter(store, "key", part_bytes=PART) as writer:
+            await writer.write(bytes(2 * PART))
+
+    task = asyncio.create_task(stream())
+    await created.wait()
+    task.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await nothing_is_left(store)
+
+
 async def test_an_upload_that_cannot_be_written_down_is_dropped(store: CountingStore) -> None:
     async def fail(_: str) -> None:
         raise ZeroDivisionError

@@ -271,6 +271,20 @@ async def test_uploads_of_one_key_are_told_apart(store: S3ObjectStore) -> None:
         await store.abort_upload("key", upload_id)
 
 
+async def test_lists_of_uploads_and_parts_span_pages(store: S3ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.adapters.objects.PAGE", 2)
+    opened = {(key, await store.create_upload(key)) for key in ["b", "a", "d/1", "d/2", "c", "a", "a"]}
+    assert sorted(await open_uploads(store)) == sorted(opened)
+    below = [upload.key async for upload in store.list_uploads("d/")]
+    assert sorted(below) == ["d/1", "d/2"]
+    key, upload_id = min(opened)
+    sent = [await store.put_part(key, upload_id, number, bytes([number])) for number in (3, 1, 5, 4, 2, 1)]
+    assert await store.list_parts(key, upload_id) == sorted(sent[:5], key=lambda part: part.number)
+    for key, upload_id in opened:
+        await store.abort_upload(key, upload_id)
+    assert await open_uploads(store) == []
+
+
 # --- joins
 
 
