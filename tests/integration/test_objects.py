@@ -84,7 +84,7 @@ async def test_any_key_names_one_object_in_every_call(store: S3ObjectStore, key:
         [],
         [b"", b"a"],
     ],
-    ids=repr,
+    ids=["empty", "bytes", "bytearray", "view", "pieces", "no-pieces", "empty-piece"],
 )
 async def test_a_body_arrives_whole_whatever_holds_it(store: S3ObjectStore, body: Body) -> None:
     expected = b"".join(body) if isinstance(body, list) else bytes(body)  # type: ignore[arg-type]
