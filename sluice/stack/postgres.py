@@ -5,6 +5,7 @@ programs and data under /var/lib/sluice, because that user cannot look into root
 well lie.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -177,6 +178,18 @@ class Postgres(Server):
             except psutil.Error:  # ended meanwhile, or another user's
                 continue
         kill_all(orphans)
+        self._forget_dead_postmaster()
+
+    def _forget_dead_postmaster(self) -> None:
+        # A killed process stays in the process table until its parent notices, and for an orphan that is
+        # process 1, which may take seconds. PostgreSQL would take it for a running server.
+        pid_file = self.data / "postmaster.pid"
+        if not pid_file.exists():
+            return
+        pid = int(pid_file.read_text().splitlines()[0])
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                pid_file.unlink()
 
 
 def _wheel() -> Path:

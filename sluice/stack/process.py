@@ -1,5 +1,6 @@
 """One program in a session of its own, with a log file, and everything that it started."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -111,13 +112,11 @@ class Process:
 
     def pause(self) -> None:
         """Freeze it and all that it started (SIGSTOP): alive, connected, and silent."""
-        for process in self._tree():
-            process.suspend()
+        _send(signal.SIGSTOP, self._tree())
 
     def resume(self) -> None:
         """Let a frozen program go on."""
-        for process in self._tree():
-            process.resume()
+        _send(signal.SIGCONT, self._tree())
 
     def log_tail(self, lines: int = 30) -> str:
         """Return the end of its log."""
@@ -142,14 +141,16 @@ class Process:
 
 def kill_all(processes: Sequence[psutil.Process], *, patience: float = 0.0) -> None:
     """Wait `patience` seconds for the processes to end, kill the others, and see them gone."""
-    for process in _wait(processes, patience):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    _send(signal.SIGKILL, _wait(processes, patience))
     stuck = _wait(processes, 10.0)
     if stuck:
         raise StackError(f"could not kill {', '.join(str(process) for process in stuck)}")
+
+
+def _send(what: signal.Signals, processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            process.send_signal(what)
 
 
 def _wait(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
