@@ -134,6 +134,8 @@ class PgConnection:
     async def copy_in(
         self, schema: str, table: str, source: Any, *, columns: Sequence[str] | None = None, **options: Any
     ) -> int:
+        if isinstance(source, bytes):
+            source = memoryview(source)  # asyncpg takes bytes for the name of a file
         with translated():
             status = await self._raw.copy_to_table(table, schema_name=schema, columns=columns, source=source, **options)
         return int(status.rpartition(" ")[2])
