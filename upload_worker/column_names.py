@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 from shared.domain.errors import InvalidData
@@ -28,7 +29,9 @@ def column_names(header: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]
     taken: set[str] = set()
     names, notes = [], []
     for number, (raw, want) in enumerate(zip(header, wanted, strict=True), 1):
-        name = _unique(want or f"column_{number}", taken, verbatim if want != raw else set())
+        name = want or f"column_{number}"
+        if name in taken or (name != raw and name in verbatim):
+            name = _numbered(name, taken | verbatim)
         taken.add(name)
         names.append(name)
         if name != raw:
@@ -47,10 +50,10 @@ def _cut(name: str, limit: int) -> str:
     return name.encode()[:limit].decode("utf-8", "ignore").rstrip()
 
 
-def _unique(name: str, taken: set[str], avoid: set[str]) -> str:
-    candidate, number = name, 2
-    while candidate in taken or candidate in avoid:
+def _numbered(name: str, avoid: set[str]) -> str:
+    for number in count(2):
         suffix = f"_{number}"
         candidate = _cut(name, MAX_NAME_BYTES - len(suffix)) + suffix
-        number += 1
-    return candidate
+        if candidate not in avoid:
+            return candidate
+    raise AssertionError

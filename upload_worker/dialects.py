@@ -90,7 +90,7 @@ def _ask_clevercsv(sample: bytes, options: CsvOptions) -> Dialect | None:
     if found is None:
         return None
     delimiter = options.delimiter or found.delimiter
-    quote = found.quotechar if options.quote is None else options.quote
+    quote = found.quotechar or '"' if options.quote is None else options.quote
     escape = options.escape or found.escapechar
     marks: Sequence[str] = (delimiter or "", quote or NO_QUOTE, escape or quote or NO_QUOTE)
     if any(len(mark) != 1 or not mark.isascii() or mark in "\r\n" for mark in marks) or marks[0] in marks[1:]:

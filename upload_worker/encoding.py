@@ -8,6 +8,7 @@ record that holds them, and that record alone.
 
 import codecs
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -87,20 +88,19 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Single-byte encodings of western Europe, which a sample can hardly tell apart: cp1252 is what files hold.
-_WESTERN = frozenset({"ascii", "cp1252", "latin_1", "iso8859_1", "iso8859_15", "cp1250", "cp1254", "cp1257", "cp1258"})
 _CHARSET_SAMPLE_BYTES = 32 << 10
 _BYTE_ORDERS = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}
 _ESCAPED = re.compile("[\udc80-\udcff]")
-_UNDECODABLE = re.compile(rb"\xed\xb2[\x80-\xbf]|\xed\xb3[\x80-\xbf]")
+_STAND_IN = re.compile(rb"\xed[\xb2\xb3][\x80-\xbf]")
 _NON_ASCII = re.compile("[^\x00-\x7f\udc80-\udcff]")
 _LINE_WITH_HIGH_BYTE = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*[\r\n]*")
 
 
-def undecodable(record: bytes) -> int | None:
-    """The first byte that the file's encoding does not know, from a record that `to_utf8` made."""
-    found = _UNDECODABLE.search(record)
-    return found.group().decode("utf-8", "surrogatepass").encode("ascii", "surrogateescape")[0] if found else None
+def with_original_bytes(record: bytes) -> bytes:
+    """What `to_utf8` made, with each byte that the encoding does not know as it stands in the file."""
+    return _STAND_IN.sub(
+        lambda match: match.group().decode("utf-8", "surrogatepass").encode("ascii", "surrogateescape"), record
+    )
 
 
 def guess_encoding(head: bytes, chosen: str | None, whole: bool) -> tuple[str, int, list[dict[str, Any]]]:
@@ -147,11 +147,16 @@ def _wide_without_mark(head: bytes) -> str | None:
 def _legacy_encoding(head: bytes) -> str:
     lines = b"".join(match.group() for match in _LINE_WITH_HIGH_BYTE.finditer(head))[:_CHARSET_SAMPLE_BYTES]
     best = charset_normalizer.from_bytes(lines).best()
-    name = best.encoding if best else "cp1252"
-    if name in _WESTERN:
-        try:
-            head.decode("cp1252")
-        except UnicodeDecodeError:
-            return "latin-1"
-        return "cp1252"
-    return codecs.lookup(name).name
+    if best is not None and not _is_latin_script(str(best)):
+        return codecs.lookup(best.encoding).name
+    # A sample can hardly tell the single-byte encodings of Latin script apart; cp1252 is what most files hold.
+    try:
+        head.decode("cp1252")
+    except UnicodeDecodeError:
+        return "iso8859-1"
+    return "cp1252"
+
+
+def _is_latin_script(text: str) -> bool:
+    letters = [char for char in text if char > "\x7f" and char.isalpha()]
+    return sum(unicodedata.name(char, "").startswith("LATIN") for char in letters) >= 0.5 * len(letters)

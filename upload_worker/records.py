@@ -8,17 +8,18 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
+from upload_worker.encoding import with_original_bytes
 from upload_worker.plan import Dialect
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
-_BLANK_LINES = re.compile(rb"\A[\r\n]+|(\r\n|\n|\r)[\r\n]+")
+_BLANK_LINES = re.compile(rb"\A[\r\n]+|(\r\n|\n|\r(?!\n))[\r\n]+")
 _END_MARK = re.compile(rb"(?:\A|(?<=[\r\n]))\\\.(?=[\r\n]|\Z)")
 
 
 @lru_cache(maxsize=16)
 def _escaped_fragments(quote: bytes, escape: bytes) -> re.Pattern[bytes]:
     q, e = re.escape(quote), re.escape(escape)
-    return re.compile(rb"([^%b]*+)(?:%b((?:[^%b%b]++|%b.)*+)(%b|\Z))?" % (q, q, q, e, e, q), re.DOTALL)
+    return re.compile(rb"([^%b]*+)(?:%b((?:[^%b%b]++|%b(?:.|\Z))*+)(%b|\Z))?" % (q, q, q, e, e, q), re.DOTALL)
 
 
 def fragments(data: bytes, dialect: Dialect, in_quotes: bool = False) -> list[bytes]:
@@ -179,4 +180,4 @@ def _unescaped(part: bytes, dialect: Dialect) -> bytes:
 
 def printable(record: bytes) -> str:
     """The record as text that PostgreSQL can store: NUL and bytes that are not UTF-8 as `\\x00` escapes."""
-    return record.decode("utf-8", "backslashreplace").replace("\x00", "\\x00")
+    return with_original_bytes(record).decode("utf-8", "backslashreplace").replace("\x00", "\\x00")

@@ -60,9 +60,9 @@ async def sniff(reader: RangeReader, size: int, options: CsvOptions) -> CsvPlan:
     for sample_bytes in (SAMPLE_BYTES, MAX_HEAD_BYTES):
         head = await _read(source.read(0, sample_bytes), sample_bytes)
         whole = len(head) < sample_bytes
-        if not head:
-            raise InvalidData("The file is empty: there is no header and no record to import.")
         encoding, bom, notes = await asyncio.to_thread(guess_encoding, head, options.encoding, whole)
+        if len(head) == bom:
+            raise InvalidData("The file is empty: there is no header and no record to import.")
         codec = Encoding(encoding)
         block = codec.decoder().decode(head[bom:], final=whole)
         dialect = await asyncio.to_thread(guess_dialect, _whole_lines(codec.to_utf8(block), whole), options)
@@ -71,9 +71,9 @@ async def sniff(reader: RangeReader, size: int, options: CsvOptions) -> CsvPlan:
                 f"A {encoding} file can only be read with ordinary quotes that are doubled inside quotes. "
                 "Convert it to UTF-8 and upload it again."
             )
-        if whole or last_record_end(block, dialect):
+        sample = _Sample(block, whole, dialect, codec)
+        if whole or len(sample.records) > 1:
             break
-    sample = _Sample(block, whole, dialect, codec)
     if not sample.records:
         raise _no_record(sample, len(head))
     far = await _far_rows(source, sample, bom) if not whole else []
