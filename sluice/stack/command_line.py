@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     down = commands.add_parser("down", help="stop what a killed `up` left behind")
     down.add_argument("--purge", action="store_true", help="delete all data, too")
     options = parser.parse_args(argv)
-    for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, _interrupt)
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if ending != signal.SIGHUP or signal.getsignal(ending) != signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(ending, _interrupt)
     try:
         match options.command:
             case "up":

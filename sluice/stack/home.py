@@ -54,6 +54,11 @@ class Home:
             os.close(self._lock_fd)
             self._lock_fd = None
 
+    @property
+    def is_locked(self) -> bool:
+        """Tell whether this object holds the folder."""
+        return self._lock_fd is not None
+
     def fresh_logs(self) -> None:
         """Keep the logs of this run and of the one before."""
         previous = self.path / "logs.previous"

@@ -96,6 +96,8 @@ class Stack:
 
     def stop(self) -> None:
         """Stop services, then servers, and leave no process behind; data stays. Idempotent."""
+        if not self.home.is_locked:
+            return  # never started, or the folder and what runs in it belong to another process
         try:
             for service in self.services:
                 service.process.request_stop()

@@ -218,10 +218,13 @@ def test_a_frozen_server_can_be_stopped(stack: Stack) -> None:
     assert not marked_processes(stack.home.path)
 
 
-def test_a_folder_in_use_is_refused_with_its_holder(stack: Stack) -> None:
-    stack.home.lock()
-    with pytest.raises(StackError, match=f"in use by process {os.getpid()}"):
-        Stack(stack.home.path, given={}).start()
+def test_a_folder_in_use_is_refused_and_what_runs_there_is_left_alone(running: Stack) -> None:
+    other = Stack(running.home.path, given={})
+    for attempt in (other.start, other.purge):
+        with pytest.raises(StackError, match=f"in use by process {os.getpid()}"):
+            attempt()
+    other.stop()
+    assert all(server.is_ready() for server in running.servers)
 
 
 def test_a_port_that_is_taken_is_passed_over(stack: Stack) -> None:
