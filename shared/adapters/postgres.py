@@ -188,7 +188,7 @@ class PgDatabase:
         with translated():
             self._pool = await asyncpg.create_pool(
                 self._dsn,
-                min_size=1,
+                min_size=0,
                 max_size=self._size,
                 max_inactive_connection_lifetime=60,
                 timeout=self._connect_seconds,
