@@ -1,6 +1,6 @@
 """Cuts the bytes of a CSV object into batches of whole records, without parsing them."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -158,7 +158,7 @@ async def cut(
     line: int = 1,
     batch_bytes: int = BATCH_BYTES,
     max_record_bytes: int = MAX_RECORD_BYTES,
-) -> AsyncIterator[Batch]:
+) -> AsyncGenerator[Batch, None]:
     """Batches of `[start, end)`, which must be record boundaries; without `end`, to the end of the object.
 
     `line` is the number of the line at `start`. Leave early through `contextlib.aclosing`.

@@ -8,12 +8,16 @@ record that holds them, and that record alone.
 
 import codecs
 import re
+import string
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import charset_normalizer
+
+# Stands for each byte of a last character that is cut off; no UTF-8 contains it.
+_CUT_OFF = b"\xff"
 
 
 class Decoder(Protocol):
@@ -34,9 +38,7 @@ class _WideDecoder:
     def decode(self, chunk: bytes, final: bool = False) -> bytes:
         text = self._decoder.decode(chunk)
         data = text.encode("utf-8", "surrogatepass")
-        if final and self._decoder.getstate()[0]:
-            data += b"\xff"
-        return data
+        return data + _CUT_OFF * len(self._decoder.getstate()[0]) if final else data
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Encoding:
         """How many bytes of the object a block that came out of `decoder` takes."""
         if not self.is_wide:
             return len(block)
-        return len(block.decode("utf-8", "surrogatepass").encode(self.name, "surrogatepass"))
+        text = block.rstrip(_CUT_OFF).decode("utf-8", "surrogatepass")
+        return len(text.encode(self.name, "surrogatepass")) + block.count(_CUT_OFF)
 
     def to_utf8(self, block: bytes) -> bytes:
         """A block of whole records as UTF-8."""
@@ -89,10 +92,16 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _CHARSET_SAMPLE_BYTES = 32 << 10
+_OTHER_SCRIPTS = [
+    *("cp1251", "koi8_r", "koi8_u", "cp866", "cp1253", "cp1255", "cp1256", "cp874"),
+    *("cp932", "euc_jp", "gb18030", "big5", "cp949", "cp1252"),
+]
 _BYTE_ORDERS = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _STAND_IN = re.compile(rb"\xed[\xb2\xb3][\x80-\xbf]")
 _NON_ASCII = re.compile("[^\x00-\x7f\udc80-\udcff]")
+_ASCII_LETTERS = string.ascii_letters.encode()
+_WORD_WITH_HIGH_BYTE = re.compile(rb"[A-Za-z]*[\x80-\xff][A-Za-z\x80-\xff]+|[A-Za-z]+[\x80-\xff]")
 _LINE_WITH_HIGH_BYTE = re.compile(rb"[^\r\n]*[\x80-\xff][^\r\n]*[\r\n]*")
 
 
@@ -146,9 +155,12 @@ def _wide_without_mark(head: bytes) -> str | None:
 
 def _legacy_encoding(head: bytes) -> str:
     lines = b"".join(match.group() for match in _LINE_WITH_HIGH_BYTE.finditer(head))[:_CHARSET_SAMPLE_BYTES]
-    best = charset_normalizer.from_bytes(lines).best()
-    if best is not None and not _is_latin_script(str(best)):
-        return codecs.lookup(best.encoding).name
+    words = b"".join(_WORD_WITH_HIGH_BYTE.findall(lines))
+    # Words of other scripts are high bytes all through, or half of them where characters take two bytes.
+    if words and len(words.translate(None, _ASCII_LETTERS)) >= 0.5 * len(words):
+        best = charset_normalizer.from_bytes(lines, cp_isolation=_OTHER_SCRIPTS).best()
+        if best is not None and not _is_latin_script(str(best)):
+            return codecs.lookup(best.encoding).name
     # A sample can hardly tell the single-byte encodings of Latin script apart; cp1252 is what most files hold.
     try:
         head.decode("cp1252")

@@ -166,7 +166,7 @@ def _plan(
         notes.append({"note": f"{odd} sampled records do not have {width} fields; COPY will refuse them."})
     values = [list(column) for column in zip(*fitting, strict=True)] or [[] for _ in range(width)]
     names = rows[0] if header else [f"column_{number}" for number in range(1, width + 1)]
-    null = options.null if options.null is not None else _null(values, sample.dialect)
+    null = _null(values, sample.dialect, options)
     head_end = sample.records[0][1] if header else 0
     columns, column_notes = _columns(names, values, null, options, header)
     return CsvPlan(
@@ -182,9 +182,16 @@ def _plan(
     )
 
 
-def _null(values: Sequence[Sequence[str]], dialect: Dialect) -> str:
-    null = best_null(values)
-    return "" if dialect.delimiter in null or dialect.quote in null else null
+def _null(values: Sequence[Sequence[str]], dialect: Dialect, options: CsvOptions) -> str:
+    null = options.null if options.null is not None else best_null(values)
+    if dialect.delimiter not in null and dialect.quote not in null:
+        return null
+    if options.null is None:
+        return ""
+    raise InvalidData(
+        f"The null string {null!r} contains the delimiter {dialect.delimiter!r} or the quote {dialect.quote!r}, "
+        "which COPY does not allow. Choose another, or set delimiter and quote if they were guessed wrong."
+    )
 
 
 def _columns(

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 -- letters of other scripts are the point
 import gzip
 import zipfile
 from importlib.util import find_spec
@@ -209,6 +210,33 @@ async def test_the_encoding_is_found(encoding: str, found: str) -> None:
     plan, data = await loaded(text.encode(encoding))
     assert (plan.encoding, names(plan)) == (found, ["name", "ort"])
     assert data.decode() == text.partition("\n")[2]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp1251", "имя;город\nИван;Москва\nПётр Петров;Санкт-Петербург\n"),
+        ("koi8-r", "имя;город\nИван;Москва\nПётр Петров;Санкт-Петербург\n"),
+        ("cp1253", "όνομα;πόλη\nΓιώργος;Αθήνα\nΜαρία;Θεσσαλονίκη\n"),
+        ("cp932", "名前;都市\n田中太郎;東京都千代田区\n鈴木一郎;大阪府大阪市\n"),
+        ("gb18030", "姓名;城市\n王小明;北京市海淀区\n李大文;上海市\n"),
+    ],
+)
+async def test_the_encoding_of_other_scripts_is_found(encoding: str, text: str) -> None:
+    plan, data = await loaded(text.encode(encoding) * 3, header=True)
+    assert plan.encoding == encoding
+    assert data.decode() == (text * 3).partition("\n")[2]
+    assert encoding in plan.notes[0]["note"]
+
+
+async def test_a_lone_accented_letter_is_western() -> None:
+    assert (await planned("a,b\nx,é\ny,é\n".encode("cp1252"))).encoding == "cp1252"
+
+
+async def test_a_header_with_a_cut_off_last_character_is_read() -> None:
+    content = "a,b€".encode("utf-16")[:-1]
+    plan = await planned(content)
+    assert (names(plan)[0], plan.data_start) == ("a", len(content))
 
 
 @pytest.mark.parametrize(
