@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
-from shared.domain.errors import BadRecord, InvalidData
+from shared.domain.errors import InvalidData
 from upload_worker.encoding import Encoding
 from upload_worker.plan import CsvPlan, Dialect
 from upload_worker.records import (
@@ -204,15 +204,4 @@ def record_too_long(position: int, line: int, max_record_bytes: int) -> InvalidD
         "characters in the import's csv options.",
         line=line,
         position=position,
-    )
-
-
-def quote_left_open(batch: Batch) -> BadRecord:
-    """The error for a batch with `open_quote`."""
-    return BadRecord(
-        f"The record that begins at line {batch.line} (byte {batch.start}) has a quote "
-        f"({batch.dialect.quote}) that is not closed up to the end of the file. Correct the file, or set the "
-        "right quote and escape characters in the import's csv options.",
-        line=batch.line,
-        position=batch.start,
     )

@@ -3,12 +3,12 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
-from csv_objects import plan, reader, records_by_postgres, sales, source
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.domain.errors import InvalidData
-from upload_worker.cutter import Batch, cut, quote_left_open
+from tests.unit.csv_objects import plan, reader, records_by_postgres, sales, source
+from upload_worker.cutter import Batch, cut
 from upload_worker.plan import CsvPlan, Dialect
 from upload_worker.sources import PlainSource
 
@@ -90,8 +90,7 @@ async def test_a_quote_that_is_never_closed_makes_a_batch_of_its_own() -> None:
         (b'3,"open\n4,d\n', True),
     ]
     assert made[1].records == 1
-    error = quote_left_open(made[1])
-    assert error.extra == {"line": 4, "position": 12}
+    assert (made[1].line, made[1].start) == (4, 12)
 
 
 async def test_a_record_longer_than_the_cap_is_refused_in_bounded_memory() -> None:

@@ -3,12 +3,12 @@ import random
 import zlib
 
 import pytest
-from csv_objects import reader, sales
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.domain.csv_options import Compression
 from shared.domain.errors import InvalidData
+from tests.unit.csv_objects import reader, sales
 from upload_worker import inflate
 from upload_worker.sources import GzipSource, PlainSource, open_source
 

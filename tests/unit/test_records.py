@@ -2,10 +2,10 @@ import csv
 import io
 
 import pytest
-from csv_objects import records_by_postgres
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.csv_objects import records_by_postgres
 from upload_worker.plan import NO_QUOTE, Dialect
 from upload_worker.records import (
     fragments,

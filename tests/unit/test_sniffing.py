@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from csv_objects import reader, sales
 
 from shared.domain.csv_options import ColumnOption, ColumnType, Compression, CsvOptions
 from shared.domain.errors import BadRecord, InvalidData
+from tests.unit.csv_objects import reader, sales
 from upload_worker.cutter import cut
 from upload_worker.plan import NO_QUOTE, CsvPlan
 from upload_worker.sniffing import sniff
