@@ -1,5 +1,6 @@
 """A whole Sluice on one machine: servers, unless the environment names others, and services on top."""
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from sluice.stack.rabbitmq import RabbitMQ
 from sluice.stack.seaweedfs import SeaweedFS
 from sluice.stack.server import Server
 from sluice.stack.services import Service
+
+_TEMPORARY = "sluice-temporary-"
 
 
 def say(message: str) -> None:
@@ -71,7 +74,19 @@ class Stack:
 
         Inside a process of another stack its folder lies in that one's, and it ends with that one at the latest.
         """
-        return cls(Path(tempfile.mkdtemp(prefix="sluice-", dir=os.environ.get(MARK))), fast=fast, given=given)
+        parent = Path(os.environ.get(MARK) or tempfile.gettempdir())
+        cls._purge_abandoned(parent)
+        return cls(Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=parent)), fast=fast, given=given)
+
+    @classmethod
+    def _purge_abandoned(cls, parent: Path) -> None:
+        """Delete temporary stacks whose starter was killed: their lock is free though they are there."""
+        for left in parent.glob(f"{_TEMPORARY}*/lock"):
+            with contextlib.suppress(StackError, FileNotFoundError):  # in use, or another was quicker
+                found = left.stat()
+                # A younger one may be about to be locked.
+                if found.st_uid == os.geteuid() and time.time() - found.st_mtime > 60:
+                    cls(left.parent, given={}).purge()
 
     def start(self) -> None:
         """Start the servers side by side and wait until they answer. Raises StackError."""

@@ -294,6 +294,23 @@ def test_a_signal_ends_command_and_servers(ending: signal.Signals) -> None:
     assert not home.exists()
 
 
+def test_a_temporary_stack_of_a_killed_process_is_purged_by_the_next(tmp_path: Path) -> None:
+    program = (
+        "import os, signal; from sluice.stack import Stack\n"
+        "stack = Stack.temporary(fast=True, given={}); stack.start()\n"
+        "print(stack.home.path, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    inside = {**os.environ, "SLUICE_STACK_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=inside, check=False)
+    home = Path(done.stdout.strip())
+    assert marked_processes(home)
+    os.utime(home / "lock", (0, 0))
+    program = "from sluice.stack import Stack; Stack.temporary(given={}).purge()"
+    subprocess.run([sys.executable, "-c", program], env=inside, check=True)
+    assert not marked_processes(home)
+    assert not home.exists()
+
+
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110  nothing announces it
         await asyncio.sleep(0.02)
