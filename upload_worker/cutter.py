@@ -49,7 +49,7 @@ class Batch:
 
     def holds(self, rows: int) -> bool:
         """Whether that many records were cut; counts them only when there are fewer rows than lines."""
-        return rows == self.data.count(b"\n") or rows == self.records
+        return (self.raw is self.data and rows == self.lines) or rows == self.records
 
     def line_of(self, offset: int) -> int:
         """The number, in the file, of the line on which the record at `offset` of `data` begins."""
