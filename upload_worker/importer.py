@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import structlog
@@ -37,7 +37,7 @@ from shared.ports.objects import ObjectStore
 from shared.ports.tasks import Progress
 from shared.worker import Tools
 from upload_worker.cutter import cut
-from upload_worker.loading import Loader, keep_rejects
+from upload_worker.loading import Loader, Reject, keep_rejects
 from upload_worker.plan import CsvPlan
 from upload_worker.sniffing import sniff
 from upload_worker.sources import GzipSource, PlainSource, RangeReader, open_source
@@ -122,34 +122,41 @@ class ImportJob:
         self._rejects = claim.task.rejects
 
     async def batches(self, checkpoint: Checkpoint) -> AsyncIterator[Batch]:
-        lines = 1 + self._plan.header_lines
+        line = 1 + self._plan.header_lines
+        cut_lines = 0
         for start, end in checkpoint.missing(self._plan.data_start, self._source.size):
-            async for piece in cut(self._source, self._plan, start, end, batch_bytes=self._batch_bytes):
-                first_line = lines + checkpoint.lines_before(piece.start)
-                lines += piece.lines
-                yield Batch(piece.start, piece.end, (piece, first_line), piece.end - piece.start)
+            first = line + checkpoint.lines_before(start) + cut_lines
+            pieces = cut(self._source, self._plan, start, end, line=first, batch_bytes=self._batch_bytes)
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    cut_lines += piece.lines
+                    yield Batch(piece.start, piece.end, piece, piece.end - piece.start)
 
     async def run(self, batch: Batch) -> None:
-        piece, first_line = batch.payload
+        piece = batch.payload
         async with self._claim.batch() as work:
             rejects = 0
             if self._params.on_error is OnError.SKIP:
-                rows, rejected = await self._loader.load_good(work.connection, piece, first_line)
+                rows, rejected = await self._loader.load_good(work.connection, piece)
                 rejects = len(rejected)
-                self._rejects += rejects
-                if self._rejects > self._params.max_rejects:
-                    raise TooManyRejects(
-                        f"more than max_rejects ({self._params.max_rejects}) records cannot be loaded; the last: line "
-                        f"{rejected[-1].line}: {rejected[-1].reason}. Look at the task's rejects, correct the file or "
-                        "the csv options, or allow more",
-                        line=rejected[-1].line,
-                    )
                 if rejected:
+                    self._count_rejects(rejected)
                     await keep_rejects(work.connection, self._claim.task.task_id, rejected)
             else:
-                rows = await self._loader.load(work.connection, piece, first_line)
+                rows = await self._loader.load(work.connection, piece)
             progress = Progress(bytes=batch.bytes, rows=rows, rejects=rejects, bytes_total=self._expected_bytes(batch))
             work.done(Range(batch.start, batch.end, piece.lines), progress, self._cursor())
+
+    def _count_rejects(self, rejected: list[Reject]) -> None:
+        self._rejects += len(rejected)
+        if self._rejects > self._params.max_rejects:
+            last = rejected[-1]
+            raise TooManyRejects(
+                f"more than max_rejects ({self._params.max_rejects}) records cannot be loaded; the last, line "
+                f"{last.line}: {last.reason}. Look at the task's rejects, correct the file or the csv options, or "
+                "allow more",
+                line=last.line,
+            )
 
     async def seal(self) -> None:
         """Nothing is open between batches."""
@@ -251,8 +258,9 @@ def _pinned_reader(objects: ObjectStore, source: SourceFile) -> RangeReader:
         if start >= end:
             return
         try:
-            async for chunk in objects.read(source.object_key, etag=source.etag, start=start, end=end):
-                yield chunk
+            async with aclosing(objects.read(source.object_key, etag=source.etag, start=start, end=end)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except ObjectMissing as error:
             raise SourceChanged(
                 f"the stored bytes of file {source.name!r} are gone; abort this task, upload the file again and start "

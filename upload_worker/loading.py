@@ -10,7 +10,7 @@ from shared.domain.task import LoadId, TaskId
 from shared.ports.database import Connection
 from upload_worker.cutter import Batch
 from upload_worker.plan import CsvPlan
-from upload_worker.records import last_record_end, line_count, printable, record_at_line
+from upload_worker.records import last_record_end, printable, record_at_line
 
 # What is sent again after a bad record was found: small enough that many bad ones do not make it quadratic.
 _SMALLEST_WINDOW = 64 << 10
@@ -42,24 +42,24 @@ class Loader:
             "force_null": plan.force_null or None,
         }
 
-    async def load(self, connection: Connection, batch: Batch, first_line: int) -> int:
+    async def load(self, connection: Connection, batch: Batch) -> int:
         """Load all records of the batch; answers the rows. Raises BadRecord with the line in the file."""
         if batch.open_quote:
-            raise BadRecord(_UNCLOSED.format(line=first_line), line=first_line)
+            raise BadRecord(_UNCLOSED.format(line=batch.line), line=batch.line)
         if not batch.data:
             return 0
         try:
             rows = await self._copy(connection, batch.data)
         except BadRecord as error:
-            raise _placed(error, first_line) from error
+            raise _placed(error, batch) from error
         self._check(batch, rows)
         return rows
 
-    async def load_good(self, connection: Connection, batch: Batch, first_line: int) -> tuple[int, list[Reject]]:
+    async def load_good(self, connection: Connection, batch: Batch) -> tuple[int, list[Reject]]:
         """Load the records that can be loaded; answers the rows and the rejects."""
         if batch.open_quote:
-            reason = _UNCLOSED.format(line=first_line)
-            return 0, [Reject(first_line, None, reason, printable(batch.data[:RAW_CHARACTERS]))]
+            reason = _UNCLOSED.format(line=batch.line)
+            return 0, [Reject(batch.line, None, reason, printable(batch.data[:RAW_CHARACTERS]))]
         data, dialect = batch.data, batch.dialect
         rows, rejects = 0, list[Reject]()
         position, window = 0, len(data)
@@ -73,11 +73,11 @@ class Loader:
             except BadRecord as error:
                 found = record_at_line(piece, dialect, error.extra["line"])
                 if found is None:
-                    raise _placed(error, first_line + line_count(data[:position])) from error
+                    raise
                 start, end = found
                 if start:
                     rows += await self._copy(connection, piece[:start])
-                line = first_line + line_count(data[: position + start])
+                line = batch.line_of(position + start)
                 raw = printable(piece[start : min(end, start + RAW_CHARACTERS)])
                 rejects.append(Reject(line, error.extra["column"], error.detail, raw))
                 position += end
@@ -115,8 +115,10 @@ _UNCLOSED = (
 )
 
 
-def _placed(error: BadRecord, first_line: int) -> BadRecord:
-    line, column = first_line + error.extra["line"] - 1, error.extra["column"]
+def _placed(error: BadRecord, batch: Batch) -> BadRecord:
+    """The error with the line of the file on which its record begins."""
+    found = record_at_line(batch.data, batch.dialect, error.extra["line"])
+    line, column = batch.line_of(found[0]) if found else batch.line, error.extra["column"]
     where = f"line {line}" + (f", column {column}" if column else "")
     return BadRecord(
         f"{where}: {error.detail}. Correct the file, name another type in csv.columns, or import with on_error skip",
