@@ -9,7 +9,7 @@ import structlog
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 
-from gateway.bodies import defer_continue
+from gateway.bodies import awaits_continue, defer_continue
 from gateway.context import Gateway
 from gateway.openapi import openapi
 from gateway.operations import Answer, Auth, Call, Operation, bind
@@ -22,6 +22,7 @@ log = structlog.get_logger()
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway")
 DOCUMENT: web.AppKey[bytes] = web.AppKey("document")
 USERNAME = web.RequestKey("username", str)
+ROUTE = web.RequestKey("route", str)
 READ_BUFFER_BYTES = 256 * 1024
 KEEP_ALIVE_SECONDS = 75
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -81,6 +82,7 @@ def _endpoint(operation: Operation) -> _Handler:
     serve = bind(operation)
 
     async def endpoint(request: web.Request) -> web.StreamResponse:
+        request[ROUTE] = operation.path
         gateway = request.app[GATEWAY]
         caller = None
         if operation.auth is not Auth.NONE:
@@ -100,6 +102,14 @@ async def _answer_every_error(request: web.Request, handler: _Handler) -> web.St
     given = request.headers.get("X-Request-Id", "")
     request[REQUEST_ID] = request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
     structlog.contextvars.bind_contextvars(request_id=request_id)  # of this request's own task
+    response = await _answer(request, handler)
+    if awaits_continue(request) and not response.prepared:
+        # The client may now send its body or leave it out; only a new connection makes sure what comes next.
+        response.force_close()
+    return response
+
+
+async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except ConnectionError as error:
@@ -141,11 +151,9 @@ class AccessLog(AbstractAccessLogger):
     """One structured line and one count for each request that was answered."""
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
-        if not isinstance(request, web.Request):
-            return  # not even HTTP
-        resource = request.match_info.route.resource
-        route = resource.canonical if resource is not None else "none"
-        request.app[GATEWAY].metrics.answered(request.method, route, response.status, time)
+        if not isinstance(request, web.Request) or REQUEST_ID not in request:
+            return  # not even HTTP: refused by the parser
+        request.app[GATEWAY].metrics.answered(request.method, request.get(ROUTE, "none"), response.status, time)
         log.info(
             "request",
             method=request.method,

@@ -20,7 +20,7 @@ def new_token() -> tuple[str, bytes]:
 
 
 def token_hash(token: str) -> bytes:
-    return hashlib.sha256(token.encode()).digest()
+    return hashlib.sha256(token.encode(errors="surrogateescape")).digest()
 
 
 class Authenticator:

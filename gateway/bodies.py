@@ -8,6 +8,8 @@ from aiohttp import HttpVersion11, web
 from gateway.problems import Malformed
 from shared.domain.errors import TooLarge, TooSlow
 
+CONTINUED = web.RequestKey("continued", bool)
+
 
 class ClientGone(ConnectionError):
     """The client left before its request was complete: there is nobody to answer."""
@@ -29,8 +31,6 @@ async def chunks(request: web.Request, *, max_bytes: int, idle_seconds: float) -
             async with asyncio.timeout(idle_seconds):
                 chunk = await request.content.readany()
         except TimeoutError as error:
-            # What comes after the answer is not read: it may never come.
-            request.protocol.close()
             raise TooSlow(f"no byte of the body came for {idle_seconds:g} seconds; send it again") from error
         except web.RequestPayloadError as error:
             if _is_gone(request):
@@ -54,7 +54,6 @@ async def whole(request: web.Request, *, max_bytes: int, idle_seconds: float) ->
         async with asyncio.timeout(idle_seconds):
             parts = [part async for part in chunks(request, max_bytes=max_bytes, idle_seconds=idle_seconds)]
     except TimeoutError as error:
-        request.protocol.close()
         raise TooSlow(f"the body did not arrive within {idle_seconds:g} seconds; send it again") from error
     return b"".join(parts)
 
@@ -65,8 +64,14 @@ async def defer_continue(request: web.Request) -> None:
         raise web.HTTPExpectationFailed
 
 
+def awaits_continue(request: web.Request) -> bool:
+    """Whether the client holds its body back until it is asked for it."""
+    return "Expect" in request.headers and request.version >= HttpVersion11 and CONTINUED not in request
+
+
 async def _continue(request: web.Request) -> None:
-    if "Expect" in request.headers and request.version >= HttpVersion11:
+    if awaits_continue(request):
+        request[CONTINUED] = True
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         await request.writer.drain()
         request.writer.output_size = 0  # the answer proper has not begun

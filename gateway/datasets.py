@@ -12,6 +12,7 @@ from shared.domain.task import AccountId
 from shared.ports.database import Database
 
 PREVIEW_MILLISECONDS = 5000
+PREVIEW_BYTES = 8 * 1024 * 1024
 MOST_LOADS_SHOWN = 1000
 
 
@@ -96,7 +97,10 @@ class Datasets:
         return [Load(**row) for row in rows]
 
     async def preview(self, dataset: Dataset, *, load_id: int | None, limit: int) -> Sequence[str]:
-        """Some rows, each as the text of a JSON object: numbers keep every digit. Raises StatementTimeout."""
+        """Some rows, each as the text of a JSON object: numbers keep every digit. `PREVIEW_BYTES` at most.
+
+        Raises StatementTimeout.
+        """
         columns = ", ".join(quoted(column["name"]) for column in dataset.columns)
         table = f"{quoted(dataset.schema)}.{quoted(dataset.name)}"
         async with self._database.transaction() as connection:
@@ -105,9 +109,17 @@ class Datasets:
                 str(PREVIEW_MILLISECONDS),
             )
             rows = await connection.fetch(
-                f"SELECT row_to_json(r)::text AS row FROM (SELECT {columns} FROM {table}"  # noqa: S608 - quoted
-                " WHERE $1::bigint IS NULL OR _load = $1 LIMIT $2) r",
+                f"""
+                SELECT row FROM (
+                    SELECT row, sum(octet_length(row)) OVER (ROWS UNBOUNDED PRECEDING) AS bytes
+                    FROM (
+                        SELECT row_to_json(r)::text AS row
+                        FROM (SELECT {columns} FROM {table} WHERE $1::bigint IS NULL OR _load = $1 LIMIT $2) r
+                    ) written
+                ) counted WHERE bytes <= $3
+                """,  # noqa: S608 - the names are quoted
                 load_id,
                 limit,
+                PREVIEW_BYTES,
             )
         return [row["row"] for row in rows]

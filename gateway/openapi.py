@@ -22,7 +22,8 @@ from shared.domain.errors import (
 )
 
 _REF = "#/components/schemas/{model}"
-_IDS = {"type": "integer", "minimum": 1}
+_NUMBER = {"type": "integer", "minimum": 1}
+TEXT_PARAMETERS = {"dataset"}
 _Mode = Literal["validation", "serialization"]
 
 
@@ -117,7 +118,7 @@ def _in_path(operation: Operation) -> list[dict[str, Any]]:
             "name": name,
             "in": "path",
             "required": True,
-            "schema": _IDS if name.endswith("_id") else {"type": "string"},
+            "schema": {"type": "string"} if name in (operation.tail, *TEXT_PARAMETERS) else _NUMBER,
         }
         for name in re.findall(r"{(\w+)}", operation.path)
     ]

@@ -4,6 +4,7 @@ A handler says by its annotations what it takes: `query` and `body` are pydantic
 response of its own when it streams.
 """
 
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from gateway.context import Gateway
 
 MAX_JSON_BYTES = 1024 * 1024
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 
 class Query(BaseModel):
@@ -64,7 +66,7 @@ class Call:
         """A number in the path. What cannot be one is answered like an unknown one: NotFound."""
         text = self.request.match_info[name]
         if not (text.isascii() and text.isdigit()) or len(text) > 19 or not 1 <= int(text) <= BIGINT_MAX:
-            raise NotFound(f"there is no {name.removesuffix('_id')} {text}")
+            raise NotFound(f"there is no {name} {text}")
         return int(text)
 
 
@@ -109,6 +111,8 @@ class Operation:
     request_headers: Mapping[str, str] = field(default_factory=dict)
     streams_body: bool = False
     """The handler reads the body itself, as bytes of any type."""
+    tail: str | None = None
+    """The parameter at the end of the path that is a text, and may hold slashes."""
 
     @property
     def name(self) -> str:
@@ -131,8 +135,8 @@ class Operation:
 
     @property
     def route_path(self) -> str:
-        """aiohttp's form of `path`: a name at the end may hold slashes."""
-        return self.path.replace("{file_name}", "{file_name:.+}")
+        """`path` in aiohttp's form."""
+        return self.path if self.tail is None else self.path.replace(f"{{{self.tail}}}", f"{{{self.tail}:(?s:.+)}}")
 
 
 def bind(operation: Operation) -> Callable[[Call], Awaitable[web.StreamResponse]]:
@@ -169,6 +173,11 @@ def decode_query(request: web.Request, model: type[Query]) -> Query:
                 f"the query parameter {name} was given {len(given)} times; once is allowed",
                 errors=[{"in": "query", "field": name, "fault": "given more than once"}],
             )
+        if any("\0" in value for value in given):
+            raise InvalidRequest(
+                f"the query parameter {name} has a NUL character",
+                errors=[{"in": "query", "field": name, "fault": "NUL character"}],
+            )
         values[name] = given if repeatable else given[0]
     if unknown := sorted(values.keys() - model.model_fields.keys()):
         raise _unknown_parameters(unknown)
@@ -194,6 +203,11 @@ async def decode_body(call: Call, model: type[BaseModel], *, required: bool) -> 
     refuse_content_encoding(request)
     idle_seconds = call.gateway.settings.body_idle_seconds
     text = await bodies.whole(request, max_bytes=MAX_JSON_BYTES, idle_seconds=idle_seconds)
+    if _NUL.search(text):
+        raise InvalidRequest(
+            "the body has a NUL character (\\u0000), which PostgreSQL cannot store",
+            errors=[{"in": "body", "field": "", "fault": "NUL character"}],
+        )
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

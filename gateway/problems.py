@@ -7,7 +7,15 @@ import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shared.domain.errors import InvalidRequest, Retryable, SluiceError, TooManyRequests, Unauthenticated
+from shared.domain.errors import (
+    InvalidRequest,
+    RangeNotSatisfiable,
+    Retryable,
+    SluiceError,
+    TooManyRequests,
+    TooSlow,
+    Unauthenticated,
+)
 
 REQUEST_ID = web.RequestKey("request_id", str)
 MEDIA_TYPE = "application/problem+json"
@@ -48,7 +56,7 @@ def _document(request: web.Request, code: str, name: str, status: int, detail: s
         "type": f"urn:sluice:problem:{code}",
         "title": name,
         "status": status,
-        "detail": detail,
+        "detail": detail.encode(errors="replace").decode(),  # headers may bring what is no UTF-8
         "instance": request.path,
         "request_id": request.get(REQUEST_ID, ""),
     }
@@ -65,6 +73,10 @@ def problem(request: web.Request, error: SluiceError) -> web.Response:
     for kind, seconds in RETRY_AFTER_SECONDS.items():
         if isinstance(error, kind):
             response.headers["Retry-After"] = str(seconds)
+    if isinstance(error, RangeNotSatisfiable):
+        response.headers["Content-Range"] = f"bytes */{error.extra['bytes']}"
+    if isinstance(error, TooSlow):
+        response.force_close()
     if isinstance(error, Unauthenticated):
         response.headers.add("WWW-Authenticate", 'Basic realm="sluice", charset="UTF-8"')
         response.headers.add("WWW-Authenticate", 'Bearer realm="sluice"')

@@ -231,16 +231,14 @@ class CommandView(View):
 
 
 class RejectView(View):
-    position: int = Field(description="the record's byte in the uncompressed source")
-    line: int = Field(description="the record's line in the file, from 1")
+    line: int = Field(description="where the record begins in the file, from 1")
     column: str | None
     reason: str
-    raw: str
+    raw: str = Field(description="the record as it stands in the file, shortened if it is long")
 
     @classmethod
     def of(cls, reject: Reject) -> Self:
         return cls(
-            position=reject.position,
             line=reject.line,
             column=reject.column_name,
             reason=reject.reason,

@@ -23,9 +23,8 @@ class TaskFilter:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """`position` is the record's byte in the uncompressed source, `line` its line in the file, from 1."""
+    """`line` is where the record begins in the file, from 1."""
 
-    position: int
     line: int
     column_name: str | None
     reason: str
@@ -42,6 +41,18 @@ class AuditEntry:
     actor: str
     reason: str | None
     occurred_at: datetime
+
+
+REJECT_PAGE_BYTES = 4 * 1024 * 1024
+
+# `full`: this one fills the page, and there may be more.
+_REJECTS = """
+SELECT line, column_name, reason, raw, bytes_to_here >= $4 AS full FROM (
+    SELECT *, sum(octet_length(raw)) OVER (ORDER BY line ROWS UNBOUNDED PRECEDING) AS bytes_to_here
+    FROM (SELECT * FROM sluice.rejects WHERE task_id = $1 AND ($2::bigint IS NULL OR line > $2)
+          ORDER BY line LIMIT $3) page
+) counted WHERE bytes_to_here - octet_length(raw) < $4 ORDER BY line
+"""
 
 
 class TaskQueries:
@@ -90,17 +101,15 @@ class TaskQueries:
             raise Conflict("this Idempotency-Key was used with another request; use a new key", task_id=row["task_id"])
         return rows_to_tasks([row])[0]
 
-    async def rejects(self, task_id: TaskId, *, after: int | None, limit: int) -> Sequence[Reject]:
-        """In the order of the file, those behind the position `after`."""
+    async def rejects(self, task_id: TaskId, *, after: int | None, limit: int) -> tuple[Sequence[Reject], bool]:
+        """Those behind the line `after`, in the order of the file, and whether there are more.
+
+        At most `limit`, and one page's worth of bytes.
+        """
         async with self._database.connection() as connection:
-            rows = await connection.fetch(
-                "SELECT position, line, column_name, reason, raw FROM sluice.rejects"
-                " WHERE task_id = $1 AND ($2::bigint IS NULL OR position > $2) ORDER BY position LIMIT $3",
-                task_id,
-                after,
-                limit,
-            )
-        return [Reject(**row) for row in rows]
+            rows = await connection.fetch(_REJECTS, task_id, after, limit + 1, REJECT_PAGE_BYTES)
+        found = [Reject(row["line"], row["column_name"], row["reason"], row["raw"]) for row in rows[:limit]]
+        return found, len(rows) > limit or any(row["full"] for row in rows)
 
     async def audit(self, task_id: TaskId, *, after: int | None, limit: int) -> Sequence[AuditEntry]:
         """Oldest first, those with a number above `after`."""

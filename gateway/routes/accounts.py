@@ -58,7 +58,7 @@ async def list_tokens(call: Call) -> Reply:
 
 async def revoke_token(call: Call) -> Reply:
     """Revoke a token: from now on it opens nothing."""
-    token_id = call.id("token_id")
+    token_id = call.id("token")
     if not await call.gateway.accounts.revoke_token(call.account.account_id, token_id):
         raise NotFound(f"there is no token {token_id}")
     return Reply(status=204)
@@ -81,5 +81,5 @@ OPERATIONS = [
         {201: Answer("The token.", NewTokenView, headers=["Location"])},
     ),
     Operation("GET", "/v1/tokens", list_tokens, {200: Answer("The tokens.", TokenList)}),
-    Operation("DELETE", "/v1/tokens/{token_id}", revoke_token, {204: Answer("It is revoked.")}, problems=[NotFound]),
+    Operation("DELETE", "/v1/tokens/{token}", revoke_token, {204: Answer("It is revoked.")}, problems=[NotFound]),
 ]

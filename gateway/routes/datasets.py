@@ -1,5 +1,7 @@
 """Datasets: what is in them, a first look, and taking loads or all of it away."""
 
+import re
+
 import orjson
 from aiohttp import web
 from pydantic import Field
@@ -9,7 +11,7 @@ from gateway.datasets import Dataset
 from gateway.operations import Answer, Call, Operation, Query, Reply
 from gateway.schemas import DatasetDetail, DatasetPage, DatasetView, LoadView, RowList
 from shared.domain.errors import LockTimeout, NotFound, StatementTimeout
-from shared.domain.import_params import BIGINT_MAX
+from shared.domain.import_params import BIGINT_MAX, DATASET_PATTERN
 from shared.domain.task import LoadId
 
 
@@ -35,7 +37,7 @@ async def show_dataset(call: Call) -> Reply:
 
 
 async def show_rows(call: Call, query: RowQuery) -> web.Response:
-    """Show some rows, in no particular order."""
+    """Show some rows, in no particular order; fewer than `limit` if they are long."""
     dataset = await _dataset(call)
     rows = await call.gateway.datasets.preview(dataset, load_id=query.load, limit=query.limit)
     # Fragments, because decoding would round numbers that are longer than a double.
@@ -52,14 +54,17 @@ async def drop_dataset(call: Call) -> Reply:
 
 async def revert_load(call: Call) -> Reply:
     """Take one load out of a dataset, as if it had never been imported."""
-    load_id = LoadId(call.id("load_id"))
+    load_id = LoadId(call.id("load"))
     dataset = await _dataset(call)
     await call.gateway.catalog.revert(call.account.account_id, dataset.name, load_id)
     return Reply(status=204)
 
 
 async def _dataset(call: Call) -> Dataset:
-    return await call.gateway.datasets.get(call.account.account_id, call.request.match_info["dataset"])
+    name = call.request.match_info["dataset"]
+    if not re.fullmatch(DATASET_PATTERN, name):
+        raise NotFound(f"there is no dataset {name}")
+    return await call.gateway.datasets.get(call.account.account_id, name)
 
 
 OPERATIONS = [
@@ -87,7 +92,7 @@ OPERATIONS = [
     ),
     Operation(
         "DELETE",
-        "/v1/datasets/{dataset}/loads/{load_id}",
+        "/v1/datasets/{dataset}/loads/{load}",
         revert_load,
         {204: Answer("It is reverted.")},
         problems=[NotFound, LockTimeout],

@@ -81,7 +81,7 @@ async def show_file(call: Call) -> Reply:
 
 async def delete_file(call: Call) -> Reply:
     """Delete a file."""
-    file_id = call.id("file_id")
+    file_id = call.id("file")
     if not await call.gateway.files.delete(call.account.account_id, file_id):
         raise NotFound(f"there is no file {file_id}")
     return Reply(status=204)
@@ -131,7 +131,7 @@ async def _send(call: Call, file: StoredFile, part: Part, response: web.StreamRe
 
 
 async def _file(call: Call) -> StoredFile:
-    file_id = call.id("file_id")
+    file_id = call.id("file")
     file = await call.gateway.files.get(call.account.account_id, file_id)
     if file is None:
         raise NotFound(f"there is no file {file_id}")
@@ -173,7 +173,7 @@ _CONTENT_PROBLEMS = [NotFound, PreconditionFailed, RangeNotSatisfiable]
 OPERATIONS = [
     Operation(
         "PUT",
-        "/v1/files/{file_name}",
+        "/v1/files/{file}",
         put_file,
         {
             201: Answer("A new file.", FileView, headers=["Location", "ETag"]),
@@ -181,16 +181,17 @@ OPERATIONS = [
         },
         problems=[InvalidRequest, Malformed, TooLarge, TooSlow, UnsupportedMediaType],
         streams_body=True,
+        tail="file",
     ),
     Operation("GET", "/v1/files", list_files, {200: Answer("A page.", FilePage, headers=["Link"])}),
-    Operation("GET", "/v1/files/{file_id}", show_file, {200: Answer("The file.", FileView)}, problems=[NotFound]),
-    Operation("DELETE", "/v1/files/{file_id}", delete_file, {204: Answer("It is deleted.")}, problems=[NotFound]),
+    Operation("GET", "/v1/files/{file}", show_file, {200: Answer("The file.", FileView)}, problems=[NotFound]),
+    Operation("DELETE", "/v1/files/{file}", delete_file, {204: Answer("It is deleted.")}, problems=[NotFound]),
     Operation(
         "GET",
-        "/v1/files/{file_id}/content",
+        "/v1/files/{file}/content",
         download_file,
         {**_CONTENT_ANSWERS, 307: Answer("A link into the object store.", headers=["Location"])},
         problems=_CONTENT_PROBLEMS,
     ),
-    Operation("HEAD", "/v1/files/{file_id}/content", download_file, _CONTENT_ANSWERS, problems=_CONTENT_PROBLEMS),
+    Operation("HEAD", "/v1/files/{file}/content", download_file, _CONTENT_ANSWERS, problems=_CONTENT_PROBLEMS),
 ]

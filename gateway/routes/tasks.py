@@ -147,9 +147,8 @@ async def list_rejects(call: Call, query: RejectQuery) -> Reply | web.StreamResp
     task = await _task(call)
     if query.format == "csv" or (query.format is None and _prefers_csv(call.request)):
         return await _send_csv(call, task.task_id)
-    found = await call.gateway.task_queries.rejects(task.task_id, after=query.position, limit=query.limit + 1)
-    rejects, more = paging.split(found, query.limit)
-    cursor = paging.encode_cursor(rejects[-1].position) if more else None
+    rejects, more = await call.gateway.task_queries.rejects(task.task_id, after=query.position, limit=query.limit)
+    cursor = paging.encode_cursor(rejects[-1].line) if more else None
     page = RejectPage(rejects=[RejectView.of(reject) for reject in rejects], next_cursor=cursor)
     return Reply(page, headers=paging.link_header(call.request, cursor) | {"Vary": "Accept"})
 
@@ -182,7 +181,7 @@ async def _send_csv(call: Call, task_id: TaskId) -> web.StreamResponse:
 
 
 async def _task(call: Call) -> Task:
-    task_id = TaskId(call.id("task_id"))
+    task_id = TaskId(call.id("task"))
     task = await call.gateway.tasks.get(task_id, call.account.account_id)
     if task is None:
         raise _no_task(task_id)
@@ -211,7 +210,7 @@ def _idempotency_key(request: web.Request) -> str | None:
 def _command_operation(command: Command, handler: Handler) -> Operation:
     return Operation(
         "POST",
-        f"/v1/tasks/{{task_id}}/{command}",
+        f"/v1/tasks/{{task}}/{command}",
         handler,
         {
             200: Answer("Done, or fulfilled already.", CommandView),
@@ -234,20 +233,20 @@ OPERATIONS = [
         request_headers={"Idempotency-Key": "the same key with the same body makes one task, however often it is sent"},
     ),
     Operation("GET", "/v1/tasks", list_tasks, {200: Answer("A page.", TaskPage, headers=["Link"])}),
-    Operation("GET", "/v1/tasks/{task_id}", show_task, {200: Answer("The task.", TaskView)}, problems=[NotFound]),
+    Operation("GET", "/v1/tasks/{task}", show_task, {200: Answer("The task.", TaskView)}, problems=[NotFound]),
     _command_operation(Command.PAUSE, pause_task),
     _command_operation(Command.RESUME, resume_task),
     _command_operation(Command.ABORT, abort_task),
     Operation(
         "GET",
-        "/v1/tasks/{task_id}/rejects",
+        "/v1/tasks/{task}/rejects",
         list_rejects,
         {200: Answer("A page, or all of them.", RejectPage, "text/csv", headers=["Link"])},
         problems=[NotFound],
     ),
     Operation(
         "GET",
-        "/v1/tasks/{task_id}/events",
+        "/v1/tasks/{task}/events",
         list_events,
         {200: Answer("A page.", AuditPage, headers=["Link"])},
         problems=[NotFound],

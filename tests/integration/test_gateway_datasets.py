@@ -1,0 +1,81 @@
+"""Datasets at the gateway: shown, looked into, reverted and dropped."""
+
+import pytest
+
+from shared.adapters.catalog import Column, FinishedLoad, create_stage, publish_load
+from shared.adapters.postgres import PgDatabase
+from shared.domain.task import LoadId
+from tests.gateway_process import Client
+
+COLUMNS = (Column("id", "bigint"), Column("The Price", "numeric"), Column("note", "text"))
+
+
+async def with_load(database: PgDatabase, username: str, dataset: str, load: int, values: str, *, mode: str) -> None:
+    """What an import leaves behind when it has succeeded."""
+    load_id = LoadId(load)
+    async with database.transaction() as connection:
+        account_id = await connection.fetchval("SELECT account_id FROM sluice.accounts WHERE username = $1", username)
+        await create_stage(connection, load_id, COLUMNS)
+        status = await connection.execute(
+            f'INSERT INTO sluice_loads.load_{load} (id, "The Price", note) VALUES {values}'
+        )
+        finished = FinishedLoad(
+            load_id, account_id, int(status.split()[2]), 1, 100, COLUMNS, file_id=7, file_name="a.csv"
+        )
+        await publish_load(connection, finished, dataset, mode=mode, evolve=False, lock_seconds=5)
+
+
+@pytest.fixture
+async def prices(alice: Client, database: PgDatabase) -> Client:
+    """Alice with a dataset of two loads, 11 and 12."""
+    await with_load(database, "alice", "prices", 11, "(1, 0.10, 'a'), (2, NULL, 'ä')", mode="create")
+    big = "(9223372036854775807, 12345678901234567890.12345, NULL), (4, 'NaN', 'x')"
+    await with_load(database, "alice", "prices", 12, big, mode="append")
+    return alice
+
+
+async def test_a_dataset_shows_its_columns_and_loads(prices: Client) -> None:
+    shown = (await prices.get("/v1/datasets/prices")).json
+    assert shown["sql_table"] == "data_alice.prices"
+    assert shown["columns"] == [column.as_json() for column in COLUMNS]
+    assert (shown["rows"], shown["loads"], shown["bytes"]) == (4, 2, 200)
+    assert [(load["load_id"], load["rows"], load["rejects"]) for load in shown["load_list"]] == [(12, 2, 1), (11, 2, 1)]
+    listed = (await prices.get("/v1/datasets")).json["datasets"]
+    assert [(dataset["name"], dataset["rows"]) for dataset in listed] == [("prices", 4)]
+
+
+async def test_a_preview_keeps_every_digit(prices: Client) -> None:
+    answer = await prices.get("/v1/datasets/prices/rows?load=12")
+    assert b"9223372036854775807" in answer.body
+    assert b"12345678901234567890.12345" in answer.body
+    assert [row["note"] for row in answer.json["rows"]] == [None, "x"]
+    assert "_load" not in answer.json["rows"][0]
+    assert len((await prices.get("/v1/datasets/prices/rows?limit=3")).json["rows"]) == 3
+    assert (await prices.get("/v1/datasets/prices/rows?load=999")).json["rows"] == []
+
+
+async def test_a_preview_of_long_rows_stays_small(alice: Client, database: PgDatabase) -> None:
+    values = ", ".join(f"({n}, 1, repeat('x', 1000000))" for n in range(30))
+    await with_load(database, "alice", "long", 20, values, mode="create")
+    answer = await alice.get("/v1/datasets/long/rows")
+    assert 0 < len(answer.json["rows"]) < 10
+    assert len(answer.body) < 9_000_000
+
+
+async def test_a_load_can_be_reverted(prices: Client) -> None:
+    assert (await prices.delete("/v1/datasets/prices/loads/11")).status == 204
+    assert (await prices.get("/v1/datasets/prices")).json["rows"] == 2
+    assert (await prices.delete("/v1/datasets/prices/loads/11")).status == 404
+
+
+async def test_a_dataset_can_be_dropped(prices: Client) -> None:
+    assert (await prices.delete("/v1/datasets/prices")).status == 204
+    assert (await prices.get("/v1/datasets/prices")).status == 404
+    assert (await prices.get("/v1/datasets")).json["datasets"] == []
+
+
+async def test_the_dataset_of_another_is_not_there(prices: Client, bob: Client) -> None:
+    for method, path in (("GET", ""), ("GET", "/rows"), ("DELETE", ""), ("DELETE", "/loads/11")):
+        answer = await bob.ask(method, f"/v1/datasets/prices{path}")
+        assert (answer.status, answer.code) == (404, "not-found")
+    assert (await prices.get("/v1/datasets/prices")).json["rows"] == 4
