@@ -9,7 +9,7 @@ import clevercsv
 
 from shared.domain.csv_options import CsvOptions
 from upload_worker.plan import NO_QUOTE, Dialect
-from upload_worker.records import parse_fields, split_records
+from upload_worker.records import fragments, parse_fields, split_records
 
 DELIMITERS = (",", "\t", ";", "|")
 _SURE = 0.95
@@ -24,13 +24,16 @@ class _Fit:
 
     consistency: float
     width: int
+    closed: bool
+    """Whether no quote is left open at the end: between two that fit alike, an escape that was not seen gives itself
+    away by that."""
     dialect: Dialect
 
 
 def guess_dialect(sample: bytes, options: CsvOptions) -> Dialect:
     """The dialect of a UTF-8 sample that ends at a record's end or at the end of the file."""
     fits = [_fit(sample, dialect) for dialect in _candidates(sample, options)]
-    best = max(fits, key=lambda fit: (fit.width > 1, fit.consistency, fit.width))
+    best = max(fits, key=lambda fit: (fit.width > 1, fit.consistency, fit.width, fit.closed))
     if len(fits) == 1 or (best.width > 1 and best.consistency >= _SURE) or options.delimiter is not None:
         return best.dialect
     asked = _ask_clevercsv(sample, options)
@@ -76,9 +79,9 @@ def _fit(sample: bytes, dialect: Dialect) -> _Fit:
         if len(widths) == _MAX_RECORDS:
             break
     if not widths:
-        return _Fit(0, 1, dialect)
+        return _Fit(0, 1, True, dialect)
     width, count = max(Counter(widths).items(), key=lambda item: (item[1], item[0]))
-    return _Fit(count / len(widths), width, dialect)
+    return _Fit(count / len(widths), width, len(fragments(sample, dialect)) % 2 == 1, dialect)
 
 
 def _ask_clevercsv(sample: bytes, options: CsvOptions) -> Dialect | None:

@@ -59,7 +59,7 @@ class Loader:
         """Load the records that can be loaded; answers the rows and the rejects."""
         if batch.open_quote:
             reason = _UNCLOSED.format(line=batch.line)
-            return 0, [Reject(batch.line, None, reason, printable(batch.data[:RAW_CHARACTERS]))]
+            return 0, [Reject(batch.line, None, reason, printable(batch.data[:RAW_CHARACTERS].rstrip(b"\r\n")))]
         data, dialect = batch.data, batch.dialect
         rows, rejects = 0, list[Reject]()
         position, window = 0, len(data)
@@ -78,7 +78,7 @@ class Loader:
                 if start:
                     rows += await self._copy(connection, piece[:start])
                 line = batch.line_of(position + start)
-                raw = printable(piece[start : min(end, start + RAW_CHARACTERS)])
+                raw = printable(piece[start : min(end, start + RAW_CHARACTERS)].rstrip(b"\r\n"))
                 rejects.append(Reject(line, error.extra["column"], error.detail, raw))
                 position += end
                 window = max(_SMALLEST_WINDOW, window // 4)

@@ -1,5 +1,7 @@
 """A gateway and two accounts that know nothing of each other."""
 
+import asyncio
+import uuid
 from collections.abc import AsyncIterator
 
 import pytest
@@ -7,7 +9,10 @@ import pytest
 from shared.adapters.objects import S3ObjectStore
 from shared.adapters.postgres import PgDatabase
 from shared.config import Settings
+from sluice.stack import Stack
+from tests.faults.scene import Scene, open_scene
 from tests.gateway_process import Client, running_gateway
+from tests.servers import own_database, own_vhost
 
 
 @pytest.fixture
@@ -45,3 +50,38 @@ async def alice(nobody: Client) -> Client:
 async def bob(nobody: Client) -> Client:
     """Another account."""
     return await nobody.with_account("bob")
+
+
+@pytest.fixture(scope="session")
+async def importers(shared_stack: Stack, template: str) -> AsyncIterator[Scene]:
+    """A control service and an import worker with tiny batches, for all tests that only import."""
+    servers = shared_stack.environment()
+    async with (
+        own_database(servers["SLUICE_POSTGRES_DSN"], template) as dsn,
+        own_vhost(servers["SLUICE_AMQP_URL"], servers["SLUICE_RABBITMQ_MANAGEMENT_URL"]) as amqp_url,
+    ):
+        environment = {
+            **servers,
+            "SLUICE_POSTGRES_DSN": dsn,
+            "SLUICE_AMQP_URL": amqp_url,
+            "SLUICE_S3_PREFIX": f"{uuid.uuid4().hex}/",
+            "SLUICE_BATCH_BYTES": "64",
+            "SLUICE_SLOTS": "4",
+            "SLUICE_RETRY_BACKOFF_SECONDS": "0.05",
+        }
+        services = Stack.temporary(given=environment)
+        try:
+            services.start()
+            spawned = [*services.spawn("control"), *services.spawn("upload-worker")]
+            for service in spawned:
+                await asyncio.to_thread(service.wait_ready)
+            async with open_scene(environment, lock_seconds=0.2) as scene:
+                yield scene
+        finally:
+            await asyncio.to_thread(services.purge)
+
+
+@pytest.fixture
+async def scene(importers: Scene) -> Scene:
+    """An account of the test's own, beside others, on services that take its imports."""
+    return await importers.another_account()

@@ -178,6 +178,11 @@ async def test_types_rest_on_records_from_all_over_the_file() -> None:
     assert types(await planned(content)) == [T.BIGINT, T.TEXT]
 
 
+async def test_an_escape_that_leaves_no_quote_open_is_preferred() -> None:
+    plan = await planned(b'a;b\n1;"x\\"y"\n2;z\n')
+    assert (plan.dialect.delimiter, plan.dialect.escape) == (";", "\\")
+
+
 async def test_the_user_decides_types_and_names() -> None:
     content = b"id,at\n1,2\n"
     assert types(await planned(content, columns={"id": "text"})) == [T.TEXT, T.BIGINT]
