@@ -44,6 +44,8 @@ class Checkpoint:
         """What is not done between `start` and `end`, in order; an unknown `end` (None) leaves the last one open."""
         position = start
         for r in self.done:
+            if end is not None and r.start >= end:
+                break
             if r.start > position:
                 yield position, r.start
             position = max(position, r.end)

@@ -1,7 +1,7 @@
 """The contracts of the bus: commands that ask, events that tell, and where each of them goes."""
 
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 from uuid import UUID, uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -46,29 +46,36 @@ _EPOCH = (
 )
 
 
+# What no column could hold must not get as far as PostgreSQL: its refusal would look like a fault of ours.
+_BIGINT_MAX = 2**63 - 1
+_Id = Field(ge=1, le=_BIGINT_MAX)
+_EpochField = Field(ge=0, lt=_BIGINT_MAX, description=_EPOCH)
+_Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+
+
 class RunTask(Message):
     """Look at this task: it may be waiting for a worker."""
 
     type: Literal["RunTask"] = "RunTask"
-    task_id: TaskId = Field(ge=1)
-    epoch: Epoch | None = Field(default=None, ge=0, description=_EPOCH)
+    task_id: Annotated[TaskId, _Id]
+    epoch: Annotated[Epoch, _EpochField] | None = None
 
 
 class RollBackTask(Message):
     """Look at this task: it may be waiting to be rolled back."""
 
     type: Literal["RollBackTask"] = "RollBackTask"
-    task_id: TaskId = Field(ge=1)
-    epoch: Epoch | None = Field(default=None, ge=0, description=_EPOCH)
+    task_id: Annotated[TaskId, _Id]
+    epoch: Annotated[Epoch, _EpochField] | None = None
 
 
 class ControlCommand(Message):
     """What the three commands share."""
 
-    task_id: TaskId = Field(ge=1)
-    account_id: AccountId | None = Field(default=None, ge=1, description="if given, the task must belong to it")
-    actor: str = Field(default="operator", max_length=200, description="who asks, for the audit trail")
-    reason: str | None = Field(default=None, max_length=1000)
+    task_id: Annotated[TaskId, _Id]
+    account_id: Annotated[AccountId, _Id] | None = Field(default=None, description="if given, it must own the task")
+    actor: _Text = Field(default="operator", max_length=200, description="who asks, for the audit trail")
+    reason: _Text | None = Field(default=None, max_length=1000)
 
 
 class PauseTask(ControlCommand):
@@ -153,8 +160,9 @@ def decode(body: bytes, *expected: type[M]) -> M:
             raise InvalidMessage(f"unknown or misplaced type of message; this queue takes {names}")
         return contract.model_validate_json(body)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors()[:5])
-        raise InvalidMessage(f"not a valid message: {faults}") from error
+        # The sender chose the names of unknown fields, and the reason becomes a header of the dead letter: shortened.
+        faults = [f"{'.'.join(map(str, e['loc']))[:80] or 'body'}: {e['msg'][:200]}" for e in error.errors()[:5]]
+        raise InvalidMessage(f"not a valid message: {'; '.join(faults)}") from error
 
 
 def hint(task: Task) -> tuple[str, Message] | None:
