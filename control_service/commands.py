@@ -34,7 +34,9 @@ class CommandHandler:
         """Apply one command, answer it from the truth, and acknowledge it. Raises InvalidMessage."""
         message = decode(delivery.body, PauseTask, ResumeTask, AbortTask)
         reply = await self._applied(message)
-        log.info("command", type=type(message).__name__, task_id=message.task_id, actor=message.actor, status=reply.status)
+        log.info(
+            "command", type=type(message).__name__, task_id=message.task_id, actor=message.actor, status=reply.status
+        )
         await self._bus.reply(delivery, reply)
         await delivery.ack()
 

@@ -9,6 +9,7 @@ from shared.ports.tasks import TaskStore
 log = structlog.get_logger()
 
 ACTOR = "control"
+SCHEDULE = "schedule"
 # A hint that was sent and is in no queue is with a worker, or lost. Give a worker this long to claim.
 HINT_SECONDS = 5.0
 
@@ -23,6 +24,8 @@ class Reaper:
             log.warning("lease ended", task_id=task.task_id, epoch=task.epoch, state=task.state)
         for task in await self._store.expire_due(actor=ACTOR):
             log.info("expired", task_id=task.task_id)
+        for task in await self._store.keep_windows(actor=SCHEDULE):
+            log.info("moved by its schedule", task_id=task.task_id, state=task.state)
         work = set(WORK_QUEUES.values())
         names = work | {rollback_queue(name) for name in work}
         # A queue that still holds messages will get to its tasks; only an empty one can have lost a hint.

@@ -10,6 +10,7 @@ Considerations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from typing import Any
 
 from shared.domain.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from shared.domain.messages import (
     hint,
     rollback_queue,
 )
+from shared.domain.schedule import RunWindow
 from shared.domain.task import (
     EDGES,
     AccountId,
@@ -45,8 +47,8 @@ _COLUMNS = ", ".join(f"t.{f.name}" for f in fields(Task))
 
 _CREATE = f"""
 INSERT INTO sluice.tasks AS t (account_id, kind, state, params, bytes_total, max_bytes_per_second, idempotency_key,
-                               request_hash)
-VALUES ($1, $2, 'queued', $3, $4, $5, $6, $7)
+                               request_hash, not_before, run_window, announced_at)
+VALUES ($1, $2, 'queued', $3, $4, $5, $6, $7, $8, $9, greatest(now(), $8))
 ON CONFLICT (account_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
 RETURNING {_COLUMNS}
 """  # noqa: S608 - the columns are the fields of Task
@@ -79,10 +81,17 @@ UPDATE sluice.tasks t SET
         + CASE WHEN $2::jsonb ->> before.state NOT IN ('running', 'pausing') AND before.claimed_at IS NOT NULL
                THEN extract(epoch FROM clock_timestamp() - before.claimed_at) ELSE 0 END,
     not_before  = CASE $2::jsonb ->> before.state
-                      WHEN 'queued' THEN now() + make_interval(secs => $6) ELSE t.not_before END,
-    announced_at = CASE WHEN $2::jsonb ->> before.state IN ('queued', 'aborting')
-                      THEN now() + make_interval(secs => $6) ELSE t.announced_at END,
-    expires_at  = CASE $2::jsonb ->> before.state WHEN 'paused' THEN now() + make_interval(secs => $7)
+                      WHEN 'queued' THEN greatest(t.not_before, now() + make_interval(secs => $6))
+                      ELSE t.not_before END,
+    announced_at = CASE $2::jsonb ->> before.state
+                      WHEN 'queued' THEN greatest(t.not_before, now() + make_interval(secs => $6))
+                      WHEN 'aborting' THEN now() ELSE t.announced_at END,
+    -- Who pauses says until when; reaching the pause keeps it; anything else ends it.
+    resume_at   = CASE WHEN $2::jsonb ->> before.state IN ('pausing', 'paused')
+                      THEN CASE WHEN $10 THEN $11 ELSE t.resume_at END END,
+    expires_at  = CASE $2::jsonb ->> before.state
+                      WHEN 'paused' THEN greatest(now(), CASE WHEN $10 THEN $11 ELSE t.resume_at END)
+                                         + make_interval(secs => $7)
                       WHEN 'failed' THEN now() + make_interval(secs => $8) END,
     ended_at    = CASE WHEN $2::jsonb ->> before.state IN ('succeeded', 'failed', 'aborted') THEN now() END,
     updated_at  = now()
@@ -148,6 +157,14 @@ SELECT task_id FROM sluice.tasks WHERE state IN ('paused', 'failed') AND expires
 ORDER BY task_id LIMIT 100 FOR UPDATE SKIP LOCKED
 """
 
+# A task that waits for its start, or for the end of a back-off, is left alone: its window is looked at when it is due.
+_WINDOWED = f"""
+SELECT {_COLUMNS} FROM sluice.tasks t
+WHERE run_window IS NOT NULL AND (state = 'running' OR state = 'queued' AND (not_before IS NULL OR not_before <= now())
+                                  OR state = 'paused' AND resume_at <= now())
+ORDER BY task_id LIMIT 100 FOR UPDATE SKIP LOCKED
+"""  # noqa: S608
+
 _ANNOUNCE = f"""
 WITH overdue AS (
     SELECT task_id FROM sluice.tasks
@@ -177,7 +194,15 @@ class StorePolicy:
 
 def _task(row: Mapping[str, Any]) -> Task:
     values = {f.name: row[f.name] for f in fields(Task)}
-    return Task(**{**values, "kind": Kind(values["kind"]), "state": TaskState(values["state"])})
+    window = values["run_window"]
+    return Task(
+        **{
+            **values,
+            "kind": Kind(values["kind"]),
+            "state": TaskState(values["state"]),
+            "run_window": RunWindow.model_validate(window) if window else None,
+        }
+    )
 
 
 class PgTaskStore:
@@ -199,10 +224,12 @@ class PgTaskStore:
                 new.max_bytes_per_second,
                 new.idempotency_key,
                 new.request_hash,
+                new.not_before,
+                new.run_window.model_dump(by_alias=True) if new.run_window else None,
             )
             if row is not None:
                 task = _task(row)
-                await self._tell(connection, post, task, None, Event.QUEUED, actor, None, 0.0)
+                await self._tell(connection, post, task, None, Event.QUEUED, actor, None)
                 return task, True
             earlier = await connection.fetchrow(_EARLIER, new.account_id, new.idempotency_key)
             if earlier is None:
@@ -228,7 +255,7 @@ class PgTaskStore:
             if row is None:
                 return None
             task = _task(row)
-            await self._tell(connection, post, task, row["previous"], Event.STARTED, worker, None, 0.0)
+            await self._tell(connection, post, task, row["previous"], Event.STARTED, worker, None)
             if task.attempts <= self._policy.max_attempts:
                 return task
             error = NoProgress(
@@ -326,6 +353,9 @@ class PgTaskStore:
                 return None
             before = TaskState(row["state"])
             if answer(before, command).state is before:
+                if command is Command.PAUSE:
+                    # A user who pauses what the schedule paused wants it to stay so.
+                    await connection.execute("UPDATE sluice.tasks SET resume_at = NULL WHERE task_id = $1", task_id)
                 return before, before
             task = await self._move(connection, post, task_id, Trigger(command), actor=actor, reason=reason)
             assert task is not None, "the row is locked: the guard holds"
@@ -376,6 +406,26 @@ class PgTaskStore:
                 for row in await connection.fetch(_EXPIRED)
             ]
 
+    async def keep_windows(self, *, actor: str) -> list[Task]:
+        now = datetime.now(UTC)
+        moved: list[Task] = []
+        async with self._outbox.transaction(self._database) as (connection, post):
+            for task in rows_to_tasks(await connection.fetch(_WINDOWED)):
+                assert task.run_window is not None, "the query asks for it"
+                if task.resume_at is not None and task.state is TaskState.PAUSED:
+                    trigger, reason, resume_at = Trigger.RESUME, f"its run window opens: {task.run_window}", None
+                elif task.state is not TaskState.PAUSED and not task.run_window.is_open(now):
+                    resume_at = task.run_window.next_open(now)
+                    trigger, reason = Trigger.PAUSE, f"outside its run window: {task.run_window}"
+                else:
+                    continue
+                after = await self._move(
+                    connection, post, task.task_id, trigger, actor=actor, reason=reason, resume_at=resume_at
+                )
+                assert after is not None, "the row is locked: the guard holds"
+                moved.append(after)
+        return moved
+
     async def announce_overdue(self, *, older_than_seconds: float, queues: set[str]) -> list[Task]:
         kinds = [kind for kind, queue in WORK_QUEUES.items() if queue in queues]
         rolled_back = [kind for kind, queue in WORK_QUEUES.items() if rollback_queue(queue) in queues]
@@ -408,6 +458,7 @@ class PgTaskStore:
         error: SluiceError | None = None,
         result: dict[str, Any] | None = None,
         delay_seconds: float = 0.0,
+        resume_at: datetime | None = None,
         quietly: bool = False,
     ) -> Task | None:
         edges = EDGES[trigger]
@@ -422,13 +473,15 @@ class PgTaskStore:
             self._policy.paused_expiry_seconds,
             self._policy.failed_expiry_seconds,
             trigger is Trigger.RESUME,
+            trigger is Trigger.PAUSE,
+            resume_at,
         )
         if row is None:
             return None
         task = _task(row)
         event = edges[TaskState(row["previous"])].event
         reason = reason or (error.detail if error else None)
-        await self._tell(connection, post, task, row["previous"], event, actor, reason, delay_seconds, quietly=quietly)
+        await self._tell(connection, post, task, row["previous"], event, actor, reason, quietly=quietly)
         return task
 
     async def _tell(
@@ -440,7 +493,6 @@ class PgTaskStore:
         event: Event,
         actor: str,
         reason: str | None,
-        delay_seconds: float,
         *,
         quietly: bool = False,
     ) -> None:
@@ -459,10 +511,14 @@ class PgTaskStore:
         )
         wanted = None if quietly else hint(task)
         if wanted is not None:
-            await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], delay_seconds)
+            await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], _seconds_until(task.not_before))
         if event in _BROADCAST:
             await post(BROADCAST_EXCHANGE, "", told, 0.0)
         await post(EVENTS_EXCHANGE, told.routing_key, told, 0.0)
+
+
+def _seconds_until(moment: datetime | None) -> float:
+    return 0.0 if moment is None else max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
 def _fenced(task_id: TaskId, epoch: Epoch) -> Fenced:

@@ -6,6 +6,8 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import Any, NewType
 
+from shared.domain.schedule import RunWindow
+
 AccountId = NewType("AccountId", int)
 TaskId = NewType("TaskId", int)
 FileId = NewType("FileId", int)
@@ -217,6 +219,8 @@ class Task:
     claimed_at: datetime | None
     running_seconds: float
     not_before: datetime | None
+    run_window: RunWindow | None
+    resume_at: datetime | None
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None

@@ -2,10 +2,12 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
 from shared.domain.checkpoint import Checkpoint
 from shared.domain.errors import SluiceError
+from shared.domain.schedule import RunWindow
 from shared.domain.task import AccountId, Command, Epoch, Kind, Task, TaskId, TaskState, Trigger
 from shared.ports.database import Connection
 
@@ -19,6 +21,8 @@ class NewTask:
     max_bytes_per_second: int | None = None
     idempotency_key: str | None = None
     request_hash: bytes | None = None
+    not_before: datetime | None = None
+    run_window: RunWindow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,10 @@ class TaskStore(Protocol):
 
     async def expire_due(self, *, actor: str) -> list[Task]:
         """Abort what stayed paused or failed beyond its time."""
+        ...
+
+    async def keep_windows(self, *, actor: str) -> list[Task]:
+        """Pause what runs outside its window, until that opens, and resume what was paused so."""
         ...
 
     async def announce_overdue(self, *, older_than_seconds: float, queues: set[str]) -> list[Task]:

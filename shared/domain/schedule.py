@@ -1,0 +1,64 @@
+"""When a task may run: a start time, and a daily window in a named time zone. Pure; the caller brings the clock."""
+
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Annotated, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_TimeOfDay = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$", examples=["22:00"])]
+
+
+class RunWindow(BaseModel):
+    """From one time of day to another, every day; past midnight when `to` is the earlier one.
+
+    The times are wall clock times of the zone: a night in which the clocks change is an hour longer or shorter. A
+    wall clock time that a night skips is taken as if the clocks had not been changed yet; of one that comes twice the
+    first counts.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    start: _TimeOfDay = Field(alias="from")
+    end: _TimeOfDay = Field(alias="to")
+    time_zone: str = Field(default="UTC", examples=["Europe/Berlin"])
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            raise ValueError(f"{value!r} is not a known IANA time zone; try Europe/Berlin or UTC") from error
+        return value
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if self.start == self.end:
+            raise ValueError("from and to must differ; leave run_window out to run at any time")
+        return self
+
+    def is_open(self, now: datetime) -> bool:
+        """Whether a task may run at `now`, an aware time."""
+        return any(start <= now < end for start, end in self._around(now))
+
+    def next_open(self, now: datetime) -> datetime:
+        """The next opening after `now`, in UTC; `now` itself while the window is open."""
+        if self.is_open(now):
+            return now
+        return min(start for start, _ in self._around(now) if start > now)
+
+    def _around(self, now: datetime) -> list[tuple[datetime, datetime]]:
+        zone = ZoneInfo(self.time_zone)
+        today = now.astimezone(zone).date()
+        return [self._on(today + timedelta(days=days), zone) for days in (-1, 0, 1, 2)]
+
+    def _on(self, day: date, zone: ZoneInfo) -> tuple[datetime, datetime]:
+        """The window that opens on `day`."""
+        start, end = time.fromisoformat(self.start), time.fromisoformat(self.end)
+        end_day = day if start < end else day + timedelta(days=1)
+        opens, closes = datetime.combine(day, start, zone), datetime.combine(end_day, end, zone)
+        return opens.astimezone(UTC), closes.astimezone(UTC)
+
+    def __str__(self) -> str:
+        return f"{self.start} to {self.end} {self.time_zone}"
