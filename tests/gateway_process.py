@@ -137,7 +137,8 @@ async def running_gateway(settings: Settings, **changed: Any) -> AsyncIterator[C
     started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     settings = settings.model_copy(update={"gateway_port": 0, **changed})
     serving = asyncio.create_task(serve(settings, on_started=started.set_result))
-    await asyncio.wait([serving, started], return_when=asyncio.FIRST_COMPLETED)
+    either: list[asyncio.Future[Any]] = [serving, started]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         await serving
     try:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from gateway.watch import TaskWatch
 from shared.adapters.outbox import PgOutbox, relay
 from shared.adapters.postgres import PgDatabase
 from shared.adapters.rabbit import RabbitBus
@@ -12,7 +13,7 @@ from shared.adapters.task_store import PgTaskStore
 from shared.config import Settings
 from shared.domain.errors import BusUnavailable
 from shared.domain.import_params import ImportParams
-from shared.domain.task import Command, TaskId
+from shared.domain.task import Command, Task, TaskId
 from shared.worker import store_policy
 from tests.gateway_process import Client, running_gateway, until
 
@@ -49,37 +50,37 @@ async def test_a_new_task_is_queued_and_pins_its_file(alice: Client, database: P
     assert (params.source.object_key, params.csv.delimiter) == (key, ",")
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"kind": "nonsense"}, "kind"),
-        ({"kind": None}, "kind"),
-        ({"dataset": "1st"}, "dataset"),
-        ({"dataset": "a" * 64}, "dataset"),
-        ({"dataset": 'a"; drop table x'}, "dataset"),
-        ({"dataset": None}, "dataset"),
-        ({"mode": "upsert"}, "mode"),
-        ({"schema_mode": "evolve"}, ""),
-        ({"on_error": "ignore"}, "on_error"),
-        ({"max_rejects": -1}, "max_rejects"),
-        ({"max_bytes_per_second": 0}, "max_bytes_per_second"),
-        ({"max_bytes_per_second": 2**63}, "max_bytes_per_second"),
-        ({"file_name": "also.csv"}, ""),
-        ({"file_id": None}, ""),
-        ({"file_id": 0}, "file_id"),
-        ({"csv": {"delimiter": ",,"}}, "csv.delimiter"),
-        ({"csv": {"encoding": "klingon"}}, "csv.encoding"),
-        ({"csv": {"unknown": 1}}, "csv.unknown"),
-        ({"unknown": 1}, "unknown"),
-        ({"csv": {"null": "\0"}}, ""),
-    ],
-)
-async def test_a_request_that_is_not_right_names_its_fault(alice: Client, change: dict[str, Any], field: str) -> None:
-    request = {"kind": "import", "file_id": 1, "dataset": "d", **change}
-    answer = await alice.post("/v1/tasks", {name: value for name, value in request.items() if value is not None})
-    assert (answer.status, answer.code) == (422, "invalid-request"), answer.body
-    assert field in [error["field"] for error in answer.json["errors"]]
-    assert all(error["in"] == "body" and error["fault"] for error in answer.json["errors"])
+BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
+    ({"kind": "nonsense"}, "kind"),
+    ({"kind": None}, "kind"),
+    ({"dataset": "1st"}, "dataset"),
+    ({"dataset": "a" * 64}, "dataset"),
+    ({"dataset": 'a"; drop table x'}, "dataset"),
+    ({"dataset": None}, "dataset"),
+    ({"mode": "upsert"}, "mode"),
+    ({"schema_mode": "evolve"}, ""),
+    ({"on_error": "ignore"}, "on_error"),
+    ({"max_rejects": -1}, "max_rejects"),
+    ({"max_bytes_per_second": 0}, "max_bytes_per_second"),
+    ({"max_bytes_per_second": 2**63}, "max_bytes_per_second"),
+    ({"file_name": "also.csv"}, ""),
+    ({"file_id": None}, ""),
+    ({"file_id": 0}, "file_id"),
+    ({"csv": {"delimiter": ",,"}}, "csv.delimiter"),
+    ({"csv": {"encoding": "klingon"}}, "csv.encoding"),
+    ({"csv": {"unknown": 1}}, "csv.unknown"),
+    ({"unknown": 1}, "unknown"),
+    ({"csv": {"null": "\0"}}, ""),
+]
+
+
+async def test_a_request_that_is_not_right_names_its_fault(alice: Client) -> None:
+    for change, field in BAD_REQUESTS:
+        request = {"kind": "import", "file_id": 1, "dataset": "d", **change}
+        answer = await alice.post("/v1/tasks", {name: value for name, value in request.items() if value is not None})
+        assert (answer.status, answer.code) == (422, "invalid-request"), answer.body
+        assert field in [error["field"] for error in answer.json["errors"]]
+        assert all(error["in"] == "body" and error["fault"] for error in answer.json["errors"])
 
 
 async def test_a_file_that_is_not_ones_own_is_not_there(alice: Client, bob: Client) -> None:
@@ -136,11 +137,14 @@ async def test_a_key_goes_with_one_request_of_one_account(alice: Client, bob: Cl
     assert of_bob.status == 202
 
 
-@pytest.mark.parametrize("key", ["", "x" * 256, "ä"])
-async def test_a_key_that_is_none_is_refused(alice: Client, key: str) -> None:
-    request = {"kind": "import", "file_id": 1, "dataset": "d"}
-    answer = await alice.post("/v1/tasks", request, headers={"Idempotency-Key": key})
-    assert (answer.status, answer.json["errors"][0]["field"]) == (422, "Idempotency-Key")
+BAD_KEYS = ["", "x" * 256, "ä"]
+
+
+async def test_a_key_that_is_none_is_refused(alice: Client) -> None:
+    for key in BAD_KEYS:
+        request = {"kind": "import", "file_id": 1, "dataset": "d"}
+        answer = await alice.post("/v1/tasks", request, headers={"Idempotency-Key": key})
+        assert (answer.status, answer.json["errors"][0]["field"]) == (422, "Idempotency-Key")
 
 
 async def test_lists_page_through_everything_once(alice: Client) -> None:
@@ -178,6 +182,14 @@ async def test_a_wait_ends_when_the_tasks_event_comes(
     alice: Client, settings: Settings, database: PgDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.watch.LOOK_SECONDS", 1000)  # only events can end the waits
+    begun: list[TaskId] = []
+    wait = TaskWatch.wait
+
+    async def noted_wait(watch: TaskWatch, task_id: TaskId, *args: Any, **more: Any) -> Task | None:
+        begun.append(task_id)
+        return await wait(watch, task_id, *args, **more)
+
+    monkeypatch.setattr(TaskWatch, "wait", noted_wait)
     task_id = await with_task(alice)
 
     async def listens() -> bool:
@@ -188,6 +200,11 @@ async def test_a_wait_ends_when_the_tasks_event_comes(
         asyncio.create_task(alice.get(f"/v1/tasks/{task_id}?wait=60")),
         asyncio.create_task(alice.get(f"/v1/tasks/{task_id}?wait=60&until=change")),
     ]
+
+    async def both_wait() -> bool:
+        return len(begun) == 2
+
+    await until(both_wait)
     store = PgTaskStore(database, PgOutbox(None), store_policy(settings))
     await store.command(TaskId(task_id), Command.PAUSE, account_id=None, actor="test", reason=None)
     bus = RabbitBus(settings.amqp_url, name="test")
