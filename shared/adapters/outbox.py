@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from shared.domain.errors import BusUnavailable
+from shared.domain.errors import BusUnavailable, DatabaseUnavailable
 from shared.domain.messages import Message
 from shared.ports.bus import Publisher
 from shared.ports.database import Connection, Database
@@ -63,9 +63,13 @@ class PgOutbox:
                 sent.append(outbox_id)
         except BusUnavailable as error:
             log.warning("left in the outbox for the relay", messages=len(posted) - len(sent), error=error.detail)
-        if sent:
+        if not sent:
+            return
+        try:
             async with database.connection() as connection:
                 await connection.execute(_DELETE, sent)
+        except DatabaseUnavailable as error:
+            log.warning("sent, but still in the outbox: the relay will send it again", error=error.detail)
 
 
 async def relay(database: Database, publisher: Publisher, *, older_than_seconds: float, limit: int = 200) -> int:

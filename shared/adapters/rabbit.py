@@ -114,6 +114,7 @@ class RabbitBus:
         self._ready = asyncio.Event()
         self._waiting: dict[str, asyncio.Future[CommandReply]] = {}
         self._handlers: asyncio.TaskGroup | None = None
+        self._handling: set[asyncio.Task[None]] = set()
 
     # --- consuming
 
@@ -140,7 +141,12 @@ class RabbitBus:
                 try:
                     async with self._open() as session:
                         pause = 0.1
-                        await session.lost.wait()
+                        try:
+                            await session.lost.wait()
+                        except asyncio.CancelledError:
+                            # Handlers hand over what they hold while there is still a session to say so on.
+                            await self._stop_handlers()
+                            raise
                     away_since = loop.time()
                     log.warning("the broker session is lost; making a new one")
                 except _LOST as error:
@@ -208,9 +214,18 @@ class RabbitBus:
         async def receive(raw: AbstractIncomingMessage) -> None:
             assert self._handlers is not None
             # In a task group of run(), not of the session: the handler outlives a broken connection.
-            self._handlers.create_task(self._handle(consumer.handler, Delivery(raw, queue)))
+            task = self._handlers.create_task(self._handle(consumer.handler, Delivery(raw, queue)))
+            self._handling.add(task)
+            task.add_done_callback(self._handling.discard)
 
         return receive
+
+    async def _stop_handlers(self) -> None:
+        handling = list(self._handling)
+        for task in handling:
+            task.cancel()
+        if handling:
+            await asyncio.wait(handling)
 
     async def _handle(self, handler: Handler, delivery: Delivery) -> None:
         try:

@@ -126,8 +126,10 @@ WHERE task_id = $1 AND state = 'aborting' AND (lease_until IS NULL OR lease_unti
 RETURNING {_COLUMNS}
 """  # noqa: S608
 
+# An aborting task is only looked at: a lease would keep whoever rolls it back waiting.
 _HEARTBEAT = """
-UPDATE sluice.tasks SET lease_until = now() + make_interval(secs => $3), updated_at = now()
+UPDATE sluice.tasks SET updated_at = now(),
+    lease_until = CASE state WHEN 'aborting' THEN lease_until ELSE now() + make_interval(secs => $3) END
 WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing', 'aborting')
 RETURNING state, max_bytes_per_second
 """
