@@ -10,9 +10,8 @@ from shared.domain.task import FileId
 
 BIGINT_MAX = 2**63 - 1
 
-DatasetName = Annotated[
-    str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$", description="The name of the table that users query.")
-]
+DATASET_PATTERN = r"^[a-z][a-z0-9_]{0,62}$"
+DatasetName = Annotated[str, Field(pattern=DATASET_PATTERN, description="The name of the table that users query.")]
 
 
 class Mode(StrEnum):
