@@ -1,0 +1,155 @@
+"""What has no owner goes, and nothing else: tables, uploads, objects, deleted files."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from control_service.sweeper import Sweeper
+from shared.adapters.catalog import Column, PgCatalog, create_stage
+from shared.adapters.objects import S3ObjectStore
+from shared.adapters.postgres import PgDatabase
+from shared.domain.task import AccountId, LoadId, TaskState
+from tests.tasks import new_account, silent_store, task_in
+
+COLUMNS = [Column("n", "bigint")]
+
+
+@pytest.fixture
+async def account(database: PgDatabase) -> AccountId:
+    return await new_account(database)
+
+
+def sweeper(database: PgDatabase, objects: S3ObjectStore, *, orphan_age_seconds: float = 0.0) -> Sweeper:
+    return Sweeper(database, objects, PgCatalog(database), orphan_age_seconds=orphan_age_seconds)
+
+
+async def tables(database: PgDatabase) -> set[str]:
+    async with database.connection() as connection:
+        rows = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'sluice_loads'")
+    return {row["tablename"] for row in rows}
+
+
+async def keys(objects: S3ObjectStore) -> set[str]:
+    return {found.key async for found in objects.list_objects("")}
+
+
+async def uploads(objects: S3ObjectStore) -> set[str]:
+    return {found.key async for found in objects.list_uploads("")}
+
+
+async def write_down(
+    database: PgDatabase, key: str, *, upload_id: str | None = None, task_id: int | None = None, alive: bool = False
+) -> None:
+    async with database.connection() as connection:
+        await connection.execute(
+            "INSERT INTO sluice.object_ledger (object_key, upload_id, task_id, alive_until) VALUES ($1, $2, $3, $4)",
+            key,
+            upload_id,
+            task_id,
+            datetime.now(UTC) + timedelta(hours=1 if alive else -1),
+        )
+
+
+async def add_file(database: PgDatabase, account: AccountId, key: str, *, deleted: bool = False) -> None:
+    async with database.connection() as connection:
+        await connection.execute(
+            "INSERT INTO sluice.files (account_id, name, object_key, bytes, etag, content_type, deleted_at)"
+            " VALUES ($1, $2, $2, 1, 'e', 'text/csv', CASE WHEN $3 THEN now() END)",
+            account,
+            key,
+            deleted,
+        )
+
+
+@pytest.mark.parametrize(
+    ("state", "stays"),
+    [
+        (TaskState.RUNNING, True),
+        (TaskState.PAUSED, True),
+        (TaskState.FAILED, True),
+        (TaskState.ABORTING, True),
+        (TaskState.ABORTED, False),
+        (TaskState.SUCCEEDED, False),
+    ],
+)
+async def test_a_stage_table_goes_when_its_task_can_no_longer_go_on(
+    state: TaskState, stays: bool, database: PgDatabase, object_store: S3ObjectStore, account: AccountId
+) -> None:
+    task = await task_in(silent_store(database), account, state)
+    async with database.connection() as connection:
+        await create_stage(connection, LoadId(task.task_id), COLUMNS)
+    await sweeper(database, object_store)()
+    assert await tables(database) == ({f"load_{task.task_id}"} if stays else set())
+
+
+async def test_a_stage_table_of_a_task_that_never_was_goes(database: PgDatabase, object_store: S3ObjectStore) -> None:
+    async with database.connection() as connection:
+        await create_stage(connection, LoadId(4711), COLUMNS)
+    await sweeper(database, object_store)()
+    assert await tables(database) == set()
+
+
+async def test_an_upload_whose_writer_died_goes_with_its_object(
+    database: PgDatabase, object_store: S3ObjectStore
+) -> None:
+    dead, alive = "files/dead", "files/alive"
+    for key in (dead, alive):
+        upload_id = await object_store.create_upload(key)
+        await object_store.put_part(key, upload_id, 1, b"part")
+        await write_down(database, key, upload_id=upload_id, alive=key == alive)
+    await object_store.put("files/written", b"object")
+    await write_down(database, "files/written")
+    await sweeper(database, object_store, orphan_age_seconds=60)()
+    assert await uploads(object_store) == {alive}
+    assert await keys(object_store) == set()
+    async with database.connection() as connection:
+        assert await connection.fetchval("SELECT array_agg(object_key) FROM sluice.object_ledger") == [alive]
+
+
+async def test_objects_of_a_task_stay_as_long_as_it_may_go_on(
+    database: PgDatabase, object_store: S3ObjectStore, account: AccountId
+) -> None:
+    store = silent_store(database)
+    for state in (TaskState.PAUSED, TaskState.ABORTED):
+        task = await task_in(store, account, state)
+        await object_store.put(f"exports/{state}", b"segment")
+        await write_down(database, f"exports/{state}", task_id=task.task_id)
+    await sweeper(database, object_store)()
+    assert await keys(object_store) == {"exports/paused"}
+
+
+async def test_what_no_row_knows_goes_once_it_is_old(
+    database: PgDatabase, object_store: S3ObjectStore, account: AccountId
+) -> None:
+    await object_store.put("files/known", b"1")
+    await add_file(database, account, "files/known")
+    await object_store.put("files/unknown", b"2")
+    await object_store.create_upload("files/unknown-upload")
+    await sweeper(database, object_store, orphan_age_seconds=3600)()
+    assert await keys(object_store) == {"files/known", "files/unknown"}
+    assert await uploads(object_store) == {"files/unknown-upload"}
+    await sweeper(database, object_store, orphan_age_seconds=-3600)()
+    assert await keys(object_store) == {"files/known"}
+    assert await uploads(object_store) == set()
+
+
+async def test_a_deleted_file_keeps_its_bytes_until_the_tasks_that_read_it_have_ended(
+    database: PgDatabase, object_store: S3ObjectStore, account: AccountId
+) -> None:
+    store = silent_store(database)
+    for name in ("read", "unread"):
+        await object_store.put(name, b"bytes")
+        await add_file(database, account, name, deleted=True)
+    task = await task_in(store, account, TaskState.PAUSED)
+    async with database.connection() as connection:
+        await connection.execute(
+            "UPDATE sluice.tasks SET params = $2 WHERE task_id = $1", task.task_id, {"source": {"object_key": "read"}}
+        )
+    await sweeper(database, object_store)()
+    assert await keys(object_store) == {"read"}
+    async with database.connection() as connection:
+        await connection.execute("UPDATE sluice.tasks SET state = 'aborted' WHERE task_id = $1", task.task_id)
+    await sweeper(database, object_store)()
+    assert await keys(object_store) == set()
+    async with database.connection() as connection:
+        assert await connection.fetchval("SELECT count(*) FROM sluice.files") == 0
