@@ -173,14 +173,24 @@ class PgDatabase:
     """A pool of connections behind the `Database` port.
 
     `size` is the most connections that are open at a time. Idle ones are closed after a minute, so that paused tasks
-    hold none.
+    hold none. A session that says nothing for `idle_in_transaction_seconds` in the middle of a transaction is ended by
+    the server: its process hangs, and must not hold up others by the rows that it has locked.
     """
 
-    def __init__(self, dsn: str, *, size: int, name: str, connect_seconds: float = 10.0) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        size: int,
+        name: str,
+        connect_seconds: float = 10.0,
+        idle_in_transaction_seconds: float = 60.0,
+    ) -> None:
         self._dsn = dsn
         self._size = size
         self._name = name
         self._connect_seconds = connect_seconds
+        self._idle_in_transaction = f"{round(idle_in_transaction_seconds * 1000)}ms"
         self._pool: asyncpg.Pool[Any] | None = None
 
     async def open(self) -> None:
@@ -193,7 +203,11 @@ class PgDatabase:
                 max_inactive_connection_lifetime=60,
                 timeout=self._connect_seconds,
                 init=_set_up,
-                server_settings={"application_name": self._name, "jit": "off"},
+                server_settings={
+                    "application_name": self._name,
+                    "jit": "off",
+                    "idle_in_transaction_session_timeout": self._idle_in_transaction,
+                },
             )
 
     async def close(self) -> None:

@@ -141,12 +141,14 @@ WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')
 RETURNING true
 """
 
+# From here to its COMMIT a worker locks the row: one that hangs in between must not do so beyond its lease.
 _COMMIT_BATCH = """
 UPDATE sluice.tasks SET checkpoint = $3, bytes_done = bytes_done + $4, rows_done = rows_done + $5,
     rejects = rejects + $6, bytes_total = coalesce($7, bytes_total), rows_total = coalesce($8, rows_total),
     attempts = 0, lease_until = now() + make_interval(secs => $9), updated_at = now()
 WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')
-RETURNING state, max_bytes_per_second
+RETURNING state, max_bytes_per_second,
+    set_config('idle_in_transaction_session_timeout', ceil($9::float8 * 1000)::bigint || 'ms', true)
 """
 
 _LEASE_ENDED = """
@@ -513,7 +515,9 @@ class PgTaskStore:
         )
         wanted = None if quietly else hint(task)
         if wanted is not None:
-            await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], _seconds_until(task.not_before))
+            # A start time or a back-off holds up work, never a rollback.
+            waits_until = task.not_before if task.state is TaskState.QUEUED else None
+            await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], _seconds_until(waits_until))
         if event in _BROADCAST:
             await post(BROADCAST_EXCHANGE, "", told, 0.0)
         await post(EVENTS_EXCHANGE, told.routing_key, told, 0.0)
