@@ -115,6 +115,7 @@ class RabbitBus:
         self._waiting: dict[str, asyncio.Future[CommandReply]] = {}
         self._handlers: asyncio.TaskGroup | None = None
         self._handling: set[asyncio.Task[None]] = set()
+        self._stopping = False
 
     # --- consuming
 
@@ -212,6 +213,8 @@ class RabbitBus:
 
     def _receiver(self, consumer: _Consumer, queue: str) -> Callable[[AbstractIncomingMessage], Awaitable[None]]:
         async def receive(raw: AbstractIncomingMessage) -> None:
+            if self._stopping:
+                return  # the broker gives it to another process when this session ends
             assert self._handlers is not None
             # In a task group of run(), not of the session: the handler outlives a broken connection.
             task = self._handlers.create_task(self._handle(consumer.handler, Delivery(raw, queue)))
@@ -221,6 +224,7 @@ class RabbitBus:
         return receive
 
     async def _stop_handlers(self) -> None:
+        self._stopping = True
         handling = list(self._handling)
         for task in handling:
             task.cancel()

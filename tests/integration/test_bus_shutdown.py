@@ -1,0 +1,49 @@
+"""What a process still does on the bus while it stops."""
+
+import asyncio
+
+from shared.adapters.rabbit import Delivery, RabbitBus
+from shared.config import Settings
+from shared.domain.messages import COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask, decode
+from shared.domain.task import TaskId
+
+
+async def test_a_stopping_process_hands_over_on_its_session_and_takes_nothing_new(settings: Settings) -> None:
+    bus = RabbitBus(settings.amqp_url, name="stopping")
+    taken: list[TaskId] = []
+    begun, handed_over = asyncio.Event(), asyncio.Event()
+
+    async def hand_over_when_cancelled(delivery: Delivery) -> None:
+        taken.append(decode(delivery.body, RunTask).task_id)
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            # Confirmed by the broker, which by then has sent it to the only consumer that there is: this one.
+            await bus.publish(COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask(task_id=TaskId(2)))
+            await delivery.ack()
+            handed_over.set()
+
+    bus.consume(IMPORT_QUEUE, hand_over_when_cancelled, prefetch=2)
+    running = asyncio.create_task(bus.run())
+    try:
+        await bus.publish(COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask(task_id=TaskId(1)))
+        await begun.wait()
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+    assert handed_over.is_set()
+    assert taken == [1]
+
+    successor = RabbitBus(settings.amqp_url, name="successor")
+    found: asyncio.Queue[TaskId] = asyncio.Queue()
+
+    async def take(delivery: Delivery) -> None:
+        await delivery.ack()
+        found.put_nowait(decode(delivery.body, RunTask).task_id)
+
+    successor.consume(IMPORT_QUEUE, take, prefetch=2)
+    async with asyncio.TaskGroup() as group:
+        working = group.create_task(successor.run())
+        assert await found.get() == 2
+        working.cancel()
