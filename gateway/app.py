@@ -15,7 +15,7 @@ from gateway.openapi import openapi
 from gateway.operations import Answer, Auth, Call, Operation, bind
 from gateway.problems import REQUEST_ID, problem, router_problem, unexpected_problem
 from gateway.routes import accounts, datasets, files, health, tasks
-from shared.domain.errors import SluiceError, Unauthenticated
+from shared.domain.errors import Forbidden, SluiceError, Unauthenticated
 
 log = structlog.get_logger()
 
@@ -66,7 +66,10 @@ def build_app(gateway: Gateway) -> web.Application:
 
 
 def build_runner(app: web.Application, *, drain_seconds: float) -> web.AppRunner:
-    """What serves `app`. On cleanup requests in flight get `drain_seconds` before they are cancelled."""
+    """What serves `app`.
+
+    On cleanup requests in flight get `drain_seconds`, and as long again once they are cancelled.
+    """
     return web.AppRunner(
         app,
         access_log_class=AccessLog,
@@ -83,6 +86,7 @@ def _endpoint(operation: Operation) -> _Handler:
 
     async def endpoint(request: web.Request) -> web.StreamResponse:
         request[ROUTE] = operation.path
+        _refuse_other_sites(request)
         gateway = request.app[GATEWAY]
         caller = None
         if operation.auth is not Auth.NONE:
@@ -95,6 +99,12 @@ def _endpoint(operation: Operation) -> _Handler:
         return await serve(Call(gateway, request, caller))
 
     return endpoint
+
+
+def _refuse_other_sites(request: web.Request) -> None:
+    """Browsers send remembered Basic credentials along, also when a page of another site makes them ask."""
+    if request.method not in ("GET", "HEAD") and request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
+        raise Forbidden("a page of another site may not change anything here")
 
 
 @web.middleware
@@ -120,7 +130,7 @@ async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse
     except SluiceError as error:
         _cut_if_begun(request, error)
         if error.status >= 500:
-            log.warning("request failed", code=error.code, reason=error.detail)
+            log.warning("request failed", code=error.code, reason=error.detail, extra=error.extra)
         return problem(request, error)
     except Exception as error:
         log.exception("unexpected error", method=request.method, path=request.path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from shared.domain.errors import StoreUnavailable
+from shared.domain.errors import TooSlow
 from shared.domain.task import AccountId, FileId
 from shared.ports.database import Connection, Database
 
@@ -117,7 +117,7 @@ class Files:
     ) -> tuple[StoredFile, bool]:
         """The object becomes the file of that name, and whether it replaced one, in one transaction.
 
-        Raises StoreUnavailable when the object was swept.
+        Raises TooSlow when the object was swept.
         """
         async with self._database.transaction() as connection:
             # One publication of an account at a time: two of the same name would both find nothing to replace.
@@ -125,7 +125,7 @@ class Files:
                 "SELECT 1 FROM sluice.accounts WHERE account_id = $1 FOR NO KEY UPDATE", account_id
             )
             if not await forget(connection, object_key):
-                raise StoreUnavailable("the upload was silent for so long that it was cleared away; send it again")
+                raise TooSlow("the upload was silent for so long that it was cleared away; send it again")
             replaced = await connection.execute(
                 "UPDATE sluice.files SET deleted_at = now() WHERE account_id = $1 AND name = $2 AND deleted_at IS NULL",
                 account_id,
@@ -164,7 +164,7 @@ class Ledger:
             )
 
     async def extend(self, object_key: str, *, upload_id: str | None) -> None:
-        """Push the end of the lease forward; raises StoreUnavailable when the sweeper was quicker."""
+        """Push the end of the lease forward; raises TooSlow when the sweeper was quicker."""
         async with self._database.connection() as connection:
             status = await connection.execute(
                 "UPDATE sluice.object_ledger SET alive_until = now() + make_interval(secs => $2),"
@@ -174,7 +174,7 @@ class Ledger:
                 upload_id,
             )
         if status != "UPDATE 1":
-            raise StoreUnavailable("the upload was silent for so long that it was cleared away; send it again")
+            raise TooSlow("the upload was silent for so long that it was cleared away; send it again")
 
     async def give_up(self, object_key: str) -> None:
         """Leave it to the sweeper, at once."""

@@ -33,6 +33,8 @@ from shared.worker import store_policy
 log = structlog.get_logger()
 
 DATABASE_CONNECTIONS = 20
+# aiohttp waits for requests in flight, then for the cancelled ones; then leftovers of uploads are cleaned away.
+DRAIN_STEPS = 3
 # Many times as long as any silence that an upload survives: of the client, and of the store.
 LEASES_PER_SILENCE = 5
 STORE_SILENCE_SECONDS = 120.0
@@ -62,7 +64,7 @@ async def serve(settings: Settings, *, on_started: Callable[[str], None] = lambd
 
         bus.subscribe(EVENTS_EXCHANGE, on_event, pattern="task.#")
         await put_admin(settings, gateway)
-        runner = build_runner(build_app(gateway), drain_seconds=settings.drain_seconds / 2)
+        runner = build_runner(build_app(gateway), drain_seconds=settings.drain_seconds / DRAIN_STEPS)
         await runner.setup()
         async with asyncio.TaskGroup() as group:
             # The bus goes on while the requests in flight are drained: they may need it.

@@ -77,11 +77,12 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self) -> web.Response:
+        headers = {"Cache-Control": "no-store", **self.headers}
         if self.body is None:
-            return web.Response(status=self.status, headers=self.headers)
+            return web.Response(status=self.status, headers=headers)
         return web.Response(
             status=self.status,
-            headers=self.headers,
+            headers=headers,
             body=self.body.model_dump_json().encode(),
             content_type="application/json",
         )

@@ -8,10 +8,14 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.domain.errors import (
+    BusUnavailable,
+    DatabaseUnavailable,
+    IntegrityMismatch,
     InvalidRequest,
     RangeNotSatisfiable,
     Retryable,
     SluiceError,
+    StoreUnavailable,
     TooManyRequests,
     TooSlow,
     Unauthenticated,
@@ -47,6 +51,17 @@ class Problem(BaseModel):
     request_id: str = Field(description="the same as in the header X-Request-Id and in the logs")
 
 
+_AWAY = "{} does not answer at this moment; try again"
+# What these say is for operators: it names addresses and keys. The log has it.
+PUBLIC_DETAILS: dict[type[SluiceError], str] = {
+    BusUnavailable: _AWAY.format("the message bus"),
+    DatabaseUnavailable: _AWAY.format("the database"),
+    StoreUnavailable: _AWAY.format("the object store"),
+    IntegrityMismatch: "what the object store holds is not what was sent; send it again",
+}
+_FAULT = "this is a fault of the server; the request id finds it in the logs"
+
+
 def title(error: type[SluiceError]) -> str:
     return error.code.replace("-", " ").capitalize()
 
@@ -68,8 +83,9 @@ def _response(document: dict[str, Any]) -> web.Response:
 
 def problem(request: web.Request, error: SluiceError) -> web.Response:
     """The answer to an error of ours."""
-    document = _document(request, error.code, title(type(error)), int(error.status), error.detail)
-    response = _response({**error.extra, **document})
+    hidden = PUBLIC_DETAILS.get(type(error), _FAULT if error.status == HTTPStatus.INTERNAL_SERVER_ERROR else None)
+    document = _document(request, error.code, title(type(error)), int(error.status), hidden or error.detail)
+    response = _response(document if hidden else {**error.extra, **document})
     for kind, seconds in RETRY_AFTER_SECONDS.items():
         if isinstance(error, kind):
             response.headers["Retry-After"] = str(seconds)
@@ -101,8 +117,7 @@ def router_problem(request: web.Request, error: web.HTTPException) -> web.Respon
 
 def unexpected_problem(request: web.Request) -> web.Response:
     """The answer to a fault of ours, without a word about the inside."""
-    detail = "this is a fault of the server; the request id finds it in the logs"
-    return _response(_document(request, "internal", "Internal server error", 500, detail))
+    return _response(_document(request, "internal", "Internal server error", 500, _FAULT))
 
 
 def faults(error: ValidationError, *, where: str) -> InvalidRequest:

@@ -60,7 +60,7 @@ async def create_task(call: Call, body: TaskRequest) -> Reply:
     """
     gateway, account = call.gateway, call.account
     key = _idempotency_key(call.request)
-    request_hash = hashlib.sha256(body.model_dump_json().encode()).digest()
+    request_hash = hashlib.sha256(body.model_dump_json(exclude_unset=True).encode()).digest()
     # Before the checks: a repeat must find its task even if the file is gone by now, or the dataset there.
     task = await gateway.task_queries.made_before(account.account_id, key, request_hash)
     is_new = False

@@ -151,6 +151,12 @@ async def test_a_request_id_is_echoed_if_it_is_harmless(nobody: Client) -> None:
             assert len(answer.headers["X-Request-Id"]) <= 128
 
 
+async def test_a_page_of_another_site_changes_nothing(alice: Client) -> None:
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 404), ("none", 404)):
+        answer = await alice.post("/v1/tasks/1/abort", headers={"Sec-Fetch-Site": site})
+        assert answer.status == status, site
+
+
 async def test_metrics_count_requests_by_route(alice: Client) -> None:
     await alice.put("/v1/files/a", b"12345")
     await alice.get("/v1/files/77")
