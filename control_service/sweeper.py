@@ -21,12 +21,12 @@ WHERE n.nspname = $1 AND c.relkind = 'r' AND c.relname ~ '^load_[0-9]+$'
 """
 
 # An object in the ledger has an owner while its writer says so, or while the task that writes it may go on.
-_ORPHANS_IN_LEDGER = """
+_ORPHAN_IN_LEDGER = """
 SELECT object_key, upload_id FROM sluice.object_ledger o
 WHERE CASE WHEN task_id IS NULL THEN alive_until < now() - make_interval(secs => $1)
            ELSE NOT EXISTS (SELECT FROM sluice.tasks t WHERE t.task_id = o.task_id
                             AND t.state NOT IN ('succeeded', 'aborted')) END
-LIMIT 1000
+LIMIT 1 FOR UPDATE SKIP LOCKED
 """
 
 _UNKNOWN_KEYS = """
@@ -87,13 +87,15 @@ class Sweeper:
             )
 
     async def _ledger(self) -> None:
-        async with self._database.connection() as connection:
-            rows = await connection.fetch(_ORPHANS_IN_LEDGER, self._orphan_age.total_seconds())
-        for row in rows:
-            if row["upload_id"] is not None:
-                await self._objects.abort_upload(row["object_key"], row["upload_id"])
-            await self._objects.delete(row["object_key"])
-            async with self._database.connection() as connection:
+        while True:
+            # The row stays locked until its object is gone: a writer that was only frozen finds no row to publish.
+            async with self._database.transaction() as connection:
+                row = await connection.fetchrow(_ORPHAN_IN_LEDGER, self._orphan_age.total_seconds())
+                if row is None:
+                    return
+                if row["upload_id"] is not None:
+                    await self._objects.abort_upload(row["object_key"], row["upload_id"])
+                await self._objects.delete(row["object_key"])
                 await connection.execute("DELETE FROM sluice.object_ledger WHERE object_key = $1", row["object_key"])
             log.warning("removed an object that its writer left", key=row["object_key"])
 

@@ -37,7 +37,6 @@ async def take_import(gateway: "Gateway", account_id: AccountId, request: Import
         kind=Kind.IMPORT,
         params=ImportParams.of(request, source).model_dump(mode="json"),
         bytes_total=file.bytes,
-        max_bytes_per_second=request.max_bytes_per_second,
     )
 
 

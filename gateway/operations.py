@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gateway import bodies
 from gateway.problems import Malformed, UnsupportedMediaType, faults
 from shared.domain.errors import InvalidRequest, NotFound, SluiceError, Unauthenticated
-from shared.domain.import_params import BIGINT_MAX
+from shared.domain.task import BIGINT_MAX
 
 if TYPE_CHECKING:
     from gateway.accounts import Account

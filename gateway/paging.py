@@ -9,7 +9,7 @@ from aiohttp import web
 from pydantic import AfterValidator, Field
 
 from gateway.operations import Query
-from shared.domain.import_params import BIGINT_MAX
+from shared.domain.task import BIGINT_MAX
 
 T = TypeVar("T")
 

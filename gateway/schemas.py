@@ -12,6 +12,7 @@ from gateway.datasets import Dataset, Load
 from gateway.files import StoredFile
 from gateway.task_queries import AuditEntry, Reject
 from shared.domain.checkpoint import Checkpoint
+from shared.domain.schedule import RunWindow
 from shared.domain.task import CLAIMED, Command, Kind, Task, TaskState, allowed_commands
 
 
@@ -156,7 +157,9 @@ class TaskView(View):
     updated_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
-    not_before: datetime | None
+    not_before: datetime | None = Field(description="it waits in the queue until then")
+    run_window: RunWindow | None
+    resume_at: datetime | None = Field(description="when its schedule, which paused it, will let it go on")
     expires_at: datetime | None = Field(description="when a paused or failed task will be aborted")
     links: dict[str, str]
 
@@ -183,6 +186,8 @@ class TaskView(View):
             started_at=task.started_at,
             ended_at=task.ended_at,
             not_before=task.not_before,
+            run_window=task.run_window,
+            resume_at=task.resume_at,
             expires_at=task.expires_at,
             links=links | {command.value: f"{here}/{command}" for command in allowed},
         )

@@ -11,8 +11,8 @@ from gateway.datasets import Dataset
 from gateway.operations import Answer, Call, Operation, Query, Reply
 from gateway.schemas import DatasetDetail, DatasetPage, DatasetView, LoadView, RowList
 from shared.domain.errors import LockTimeout, NotFound, StatementTimeout
-from shared.domain.import_params import BIGINT_MAX, DATASET_PATTERN
-from shared.domain.task import LoadId
+from shared.domain.import_params import DATASET_PATTERN
+from shared.domain.task import BIGINT_MAX, LoadId
 
 
 class RowQuery(Query):

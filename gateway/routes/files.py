@@ -26,7 +26,7 @@ from shared.domain.errors import (
     TooLarge,
     TooSlow,
 )
-from shared.domain.import_params import BIGINT_MAX
+from shared.domain.task import BIGINT_MAX
 
 LINK_SECONDS = 300
 _MEDIA_TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+/[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:[ \t]*;[\x20-\x7e]*)?")

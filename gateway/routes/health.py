@@ -1,10 +1,13 @@
 """Is it alive, is it ready, how is it doing, and what is it."""
 
+from importlib.metadata import version
+
 from aiohttp import web
 
 from gateway.metrics import MEDIA_TYPE
 from gateway.operations import Answer, Auth, Call, Operation, Reply
 from gateway.schemas import Health, Index, Readiness
+from shared.domain.asyncapi import asyncapi_document
 from shared.service import readiness
 
 
@@ -24,6 +27,11 @@ async def check_readiness(call: Call) -> Reply:
     return Reply(Readiness.model_validate(found), status)
 
 
+async def show_bus(call: Call) -> web.Response:
+    """Describe the messages on the bus: AsyncAPI 3.0."""
+    return web.json_response(asyncapi_document(version("sluice")))
+
+
 async def show_metrics(call: Call) -> web.Response:
     """Numbers for Prometheus."""
     return web.Response(body=call.gateway.metrics.exposition(), headers={"Content-Type": MEDIA_TYPE})
@@ -38,6 +46,9 @@ OPERATIONS = [
         check_readiness,
         {200: Answer("All answer.", Readiness), 503: Answer("Some are away.", Readiness)},
         auth=Auth.NONE,
+    ),
+    Operation(
+        "GET", "/asyncapi.json", show_bus, {200: Answer("The document.", media_type="application/json")}, auth=Auth.NONE
     ),
     Operation("GET", "/metrics", show_metrics, {200: Answer("Metrics.", media_type="text/plain")}, auth=Auth.NONE),
 ]

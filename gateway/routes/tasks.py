@@ -66,7 +66,14 @@ async def create_task(call: Call, body: TaskRequest) -> Reply:
     is_new = False
     if task is None:
         new = await INTAKES[body.kind](gateway, account.account_id, body)
-        new = replace(new, idempotency_key=key, request_hash=request_hash)
+        new = replace(
+            new,
+            max_bytes_per_second=body.max_bytes_per_second,
+            not_before=body.not_before,
+            run_window=body.run_window,
+            idempotency_key=key,
+            request_hash=request_hash,
+        )
         task, is_new = await gateway.tasks.create(new, actor=account.username)
     reply = created(f"/v1/tasks/{task.task_id}", TaskView.of(task))
     return replace(reply, status=202 if is_new else 200)

@@ -73,6 +73,8 @@ UPDATE sluice.tasks t SET
     error       = CASE $2::jsonb ->> before.state
                       WHEN 'failed' THEN $4::jsonb WHEN 'queued' THEN $4::jsonb ELSE t.error END,
     result      = coalesce($5::jsonb, t.result),
+    bytes_total = CASE $2::jsonb ->> before.state WHEN 'succeeded' THEN t.bytes_done ELSE t.bytes_total END,
+    rows_total  = CASE $2::jsonb ->> before.state WHEN 'succeeded' THEN t.rows_done ELSE t.rows_total END,
     attempts    = CASE WHEN $9 AND NOT $2::jsonb ->> before.state = 'failed' THEN 0 ELSE t.attempts END,
     worker      = CASE WHEN $2::jsonb ->> before.state IN ('running', 'pausing') THEN t.worker END,
     lease_until = CASE WHEN $2::jsonb ->> before.state IN ('running', 'pausing') THEN t.lease_until END,
@@ -131,6 +133,17 @@ _HEARTBEAT = """
 UPDATE sluice.tasks SET updated_at = now(),
     lease_until = CASE state WHEN 'aborting' THEN lease_until ELSE now() + make_interval(secs => $3) END
 WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing', 'aborting')
+RETURNING state, max_bytes_per_second
+"""
+
+_HOLD = """
+SELECT state, max_bytes_per_second FROM sluice.tasks
+WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing') FOR NO KEY UPDATE
+"""
+
+_GO_BACK = """
+UPDATE sluice.tasks SET checkpoint = $3, bytes_done = bytes_done - $4, rows_done = rows_done - $5, updated_at = now()
+WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')
 RETURNING state, max_bytes_per_second
 """
 
@@ -218,6 +231,11 @@ class PgTaskStore:
         self._policy = policy
 
     async def create(self, new: NewTask, *, actor: str) -> tuple[Task, bool]:
+        now = datetime.now(UTC)
+        not_before, reason = new.not_before, None
+        start = max(now, new.not_before or now)
+        if new.run_window is not None and not new.run_window.is_open(start):
+            not_before, reason = new.run_window.next_open(start), f"outside its run window: {new.run_window}"
         async with self._outbox.transaction(self._database) as (connection, post):
             row = await connection.fetchrow(
                 _CREATE,
@@ -228,12 +246,12 @@ class PgTaskStore:
                 new.max_bytes_per_second,
                 new.idempotency_key,
                 new.request_hash,
-                new.not_before,
+                not_before,
                 new.run_window.model_dump(by_alias=True) if new.run_window else None,
             )
             if row is not None:
                 task = _task(row)
-                await self._tell(connection, post, task, None, Event.QUEUED, actor, None)
+                await self._tell(connection, post, task, None, Event.QUEUED, actor, reason)
                 return task, True
             earlier = await connection.fetchrow(_EARLIER, new.account_id, new.idempotency_key)
             if earlier is None:
@@ -278,6 +296,15 @@ class PgTaskStore:
     async def heartbeat(self, task_id: TaskId, epoch: Epoch) -> Standing:
         async with self._database.connection() as connection:
             row = await connection.fetchrow(_HEARTBEAT, task_id, epoch, self._policy.lease_seconds)
+        return _standing(row, task_id, epoch)
+
+    async def hold(self, connection: Connection, task_id: TaskId, epoch: Epoch) -> Standing:
+        return _standing(await connection.fetchrow(_HOLD, task_id, epoch), task_id, epoch)
+
+    async def go_back(
+        self, connection: Connection, task_id: TaskId, epoch: Epoch, checkpoint: Checkpoint, lost: Progress
+    ) -> Standing:
+        row = await connection.fetchrow(_GO_BACK, task_id, epoch, checkpoint.as_json(), lost.bytes, lost.rows)
         return _standing(row, task_id, epoch)
 
     async def save_plan(

@@ -5,10 +5,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from shared.domain.csv_options import CsvOptions
+from shared.domain.csv_options import ColumnType, CsvOptions
 from shared.domain.task import FileId
-
-BIGINT_MAX = 2**63 - 1
+from shared.domain.task_options import TaskOptions
 
 DATASET_PATTERN = r"^[a-z][a-z0-9_]{0,62}$"
 DatasetName = Annotated[str, Field(pattern=DATASET_PATTERN, description="The name of the table that users query.")]
@@ -30,6 +29,12 @@ class OnError(StrEnum):
     SKIP = "skip"
 
 
+class FileFormat(StrEnum):
+    CSV = "csv"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+
+
 class _Import(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,8 +53,13 @@ class _Import(BaseModel):
         description="What a bad record does: fail the task, or be skipped and kept as a reject.",
     )
     max_rejects: int = Field(default=1000, ge=0, le=1_000_000, description="With skip: the task fails beyond it.")
+    format: FileFormat | None = Field(
+        default=None, description="What the file is; by default its first bytes tell. CSV and JSONL may be gzipped."
+    )
+    columns: dict[str, ColumnType] = Field(
+        default_factory=dict, description="Types for some columns by name; those of the others are found out."
+    )
     csv: CsvOptions = Field(default_factory=CsvOptions)
-    max_bytes_per_second: int | None = Field(default=None, ge=1, le=BIGINT_MAX)
 
     @model_validator(mode="after")
     def _only_an_append_evolves(self) -> Self:
@@ -57,8 +67,14 @@ class _Import(BaseModel):
             raise ValueError("schema_mode evolve goes with mode append only")
         return self
 
+    @model_validator(mode="after")
+    def _columns_are_given_once(self) -> Self:
+        if self.columns and self.csv.columns:
+            raise ValueError("give column types either in columns or in csv.columns")
+        return self
 
-class ImportRequest(_Import):
+
+class ImportRequest(_Import, TaskOptions):
     """What a user posts. The file is named by its number or by its name, as it is at that moment."""
 
     kind: Literal["import"]

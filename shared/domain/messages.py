@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.domain.errors import InvalidMessage
-from shared.domain.task import AccountId, Command, Epoch, Event, Kind, Task, TaskId, TaskState
+from shared.domain.task import BIGINT_MAX, AccountId, Command, Epoch, Event, Kind, Task, TaskId, TaskState
 
 COMMANDS_EXCHANGE = "sluice.commands"
 BROADCAST_EXCHANGE = "sluice.broadcast"
@@ -47,9 +47,8 @@ _EPOCH = (
 
 
 # What no column could hold must not get as far as PostgreSQL: its refusal would look like a fault of ours.
-_BIGINT_MAX = 2**63 - 1
-_Id = Field(ge=1, le=_BIGINT_MAX)
-_EpochField = Field(ge=0, lt=_BIGINT_MAX, description=_EPOCH)
+_Id = Field(ge=1, le=BIGINT_MAX)
+_EpochField = Field(ge=0, lt=BIGINT_MAX, description=_EPOCH)
 _Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 
 

@@ -16,6 +16,10 @@ LoadId = NewType("LoadId", int)
 Epoch = NewType("Epoch", int)
 
 
+# The largest number that a bigint column holds, and so any id.
+BIGINT_MAX = 2**63 - 1
+
+
 class Kind(StrEnum):
     UPLOAD = "upload"
     IMPORT = "import"

@@ -51,6 +51,14 @@ async def audit(database: PgDatabase, task: Task) -> list[tuple[str, str, str | 
     return [(row["event"], row["actor"], row["reason"]) for row in rows]
 
 
+async def set_window(database: PgDatabase, task: Task, to: RunWindow) -> None:
+    """As if the task had been made with it at a time when it was open."""
+    async with database.connection() as connection:
+        await connection.execute(
+            "UPDATE sluice.tasks SET run_window = $2 WHERE task_id = $1", task.task_id, to.model_dump(by_alias=True)
+        )
+
+
 async def make_due(database: PgDatabase, task: Task) -> None:
     async with database.connection() as connection:
         await connection.execute(
@@ -82,9 +90,10 @@ async def test_a_running_task_is_paused_when_its_window_closes_and_goes_on_when_
     store: PgTaskStore, database: PgDatabase, account: AccountId
 ) -> None:
     closed = window(opens_in=timedelta(hours=3))
-    task, _ = await store.create(NewTask(account, Kind.IMPORT, {}, run_window=closed), actor="ann")
+    task, _ = await store.create(NewTask(account, Kind.IMPORT, {}), actor="ann")
     running = await store.claim(task.task_id, "w")
     assert running is not None
+    await set_window(database, task, closed)
     [pausing] = await store.keep_windows(actor="schedule")
     assert pausing.state is TaskState.PAUSING
     paused = await store.move(task.task_id, Trigger.REACH_PAUSE, actor="w", epoch=running.epoch)
@@ -112,12 +121,23 @@ async def test_an_open_window_leaves_its_task_alone(store: PgTaskStore, account:
 async def test_a_user_who_pauses_what_the_schedule_paused_keeps_it_paused(
     store: PgTaskStore, database: PgDatabase, account: AccountId
 ) -> None:
-    closed = window(opens_in=timedelta(hours=3))
-    task, _ = await store.create(NewTask(account, Kind.IMPORT, {}, run_window=closed), actor="ann")
-    await store.keep_windows(actor="schedule")
+    task, _ = await store.create(NewTask(account, Kind.IMPORT, {}), actor="ann")
+    await set_window(database, task, window(opens_in=timedelta(hours=3)))
+    [paused] = await store.keep_windows(actor="schedule")
+    assert paused.state is TaskState.PAUSED
     await make_due(database, task)
     await store.command(task.task_id, Command.PAUSE, account_id=account, actor="ann", reason=None)
     assert await store.keep_windows(actor="schedule") == []
     found = await store.get(task.task_id)
     assert found is not None
     assert found.state is TaskState.PAUSED
+
+
+async def test_a_task_that_comes_outside_its_window_waits_for_it_and_says_so(
+    store: PgTaskStore, database: PgDatabase, account: AccountId
+) -> None:
+    closed = window(opens_in=timedelta(hours=3))
+    task, _ = await store.create(NewTask(account, Kind.IMPORT, {}, run_window=closed), actor="ann")
+    assert task.not_before == closed.next_open(datetime.now(UTC))
+    assert await store.claim(task.task_id, "w") is None
+    assert await audit(database, task) == [("TaskQueued", "ann", f"outside its run window: {closed}")]
