@@ -1,0 +1,1 @@
+"""Benchmarks: real servers and services, named baselines in the same run, medians and percentiles."""
