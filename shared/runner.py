@@ -83,6 +83,23 @@ class RunnerClaim:
             self.checkpoint = checkpoint
             self.look(standing)
 
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[Connection]:
+        async with self._database.transaction() as connection:
+            self.look(await self._store.hold(connection, self.task.task_id, self.task.epoch))
+            yield connection
+
+    async def go_back(
+        self, checkpoint: Checkpoint, lost: Progress, undo: Callable[[Connection], Awaitable[None]]
+    ) -> None:
+        async with self._committing, self._database.transaction() as connection:
+            await self._store.go_back(connection, self.task.task_id, self.task.epoch, checkpoint, lost)
+            await undo(connection)
+        self.checkpoint = checkpoint
+        self.task = replace(
+            self.task, bytes_done=self.task.bytes_done - lost.bytes, rows_done=self.task.rows_done - lost.rows
+        )
+
     async def save_plan(
         self,
         plan: dict[str, Any],

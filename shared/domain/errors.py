@@ -189,6 +189,12 @@ class StoreUnavailable(Retryable):
     code = "store-unavailable"
 
 
+class UploadLost(Retryable):
+    """The store has no longer what a task had sent of an object; that much is done again."""
+
+    code = "upload-lost"
+
+
 class InternalFault(Retryable):
     """An error that nobody foresaw; the task is tried again until its attempts are used up."""
 

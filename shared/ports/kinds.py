@@ -51,6 +51,20 @@ class Claim(Protocol):
         """A transaction whose rows and checkpoint commit together, or not at all. Raises Fenced."""
         ...
 
+    def hold(self) -> AbstractAsyncContextManager[Connection]:
+        """A transaction in which nobody else can take or move the task; for what is no batch. Raises Fenced."""
+        ...
+
+    async def go_back(
+        self, checkpoint: Checkpoint, lost: Progress, undo: Callable[[Connection], Awaitable[None]]
+    ) -> None:
+        """Replace the checkpoint by an earlier one and `undo` what it no longer covers, in the same transaction.
+
+        `lost` is what was counted for it. Not while batches run. It is no progress: the attempts are not forgiven.
+        Raises Fenced.
+        """
+        ...
+
     async def save_plan(
         self,
         plan: dict[str, Any],

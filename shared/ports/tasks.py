@@ -72,6 +72,16 @@ class TaskStore(Protocol):
         """Extend the lease and look at the controls. Raises Fenced."""
         ...
 
+    async def hold(self, connection: Connection, task_id: TaskId, epoch: Epoch) -> Standing:
+        """Lock the row for the rest of the transaction. Raises Fenced."""
+        ...
+
+    async def go_back(
+        self, connection: Connection, task_id: TaskId, epoch: Epoch, checkpoint: Checkpoint, lost: Progress
+    ) -> Standing:
+        """Write an earlier checkpoint and take `lost` off what is counted. Raises Fenced."""
+        ...
+
     async def save_plan(
         self,
         task_id: TaskId,
