@@ -15,12 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
+
 from shared.adapters.postgres import quoted
-from shared.domain.errors import Conflict, NotFound, SchemaMismatch
+from shared.domain.errors import Conflict, NotFound, Retryable, SchemaMismatch
 from shared.domain.task import AccountId, DatasetId, LoadId
 from shared.ports.database import Connection, Database
 
 LOADS_SCHEMA = "sluice_loads"
+log = structlog.get_logger()
 
 
 def load_table(load_id: LoadId) -> str:
@@ -235,7 +238,7 @@ def compare_columns(
     ours = {column.name: column.type for column in load}
     if changed := [f"{n!r}: {theirs[n]} there, {t} here" for n, t in ours.items() if n in theirs and theirs[n] != t]:
         raise SchemaMismatch(
-            f"columns have another type than in the dataset: {'; '.join(changed)}; name the types in csv.columns"
+            f"columns have another type than in the dataset: {'; '.join(changed)}; name the types in columns"
         )
     missing = [column for column in dataset if column.name not in ours]
     new = [column for column in load if column.name not in theirs]
@@ -282,7 +285,7 @@ class PgCatalog:
             await connection.execute(
                 "UPDATE sluice.datasets SET updated_at = now() WHERE dataset_id = $1", found.dataset_id
             )
-        await self.purge()
+        await self._purge_now()
 
     async def drop(self, account_id: AccountId, dataset: str) -> None:
         async with self._database.transaction() as connection:
@@ -294,7 +297,14 @@ class PgCatalog:
                 await _detach(connection, parent, LoadId(row["load_id"]))
             await connection.execute(f"DROP TABLE {parent}")
             await connection.execute("DELETE FROM sluice.datasets WHERE dataset_id = $1", found.dataset_id)
-        await self.purge()
+        await self._purge_now()
+
+    async def _purge_now(self) -> None:
+        """The user's change is committed: what cannot be dropped now is dropped by the control service."""
+        try:
+            await self.purge()
+        except Retryable as error:
+            log.info("a detached load is dropped later", error=error.detail)
 
     async def purge(self) -> int:
         """Drop the tables of detached loads that nobody reads any more; answers how many."""
