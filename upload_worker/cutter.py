@@ -9,6 +9,7 @@ from shared.domain.errors import InvalidData
 from upload_worker.encoding import Encoding
 from upload_worker.plan import CsvPlan, Dialect
 from upload_worker.records import (
+    byte_count,
     fragments,
     last_record_end,
     line_count,
@@ -127,7 +128,7 @@ class RecordCutter:
         self._opens_in_quotes.append(self._in_quotes)
         self._size += len(chunk)
         if self._dialect.escape == self._dialect.quote or self._dialect.escape_byte not in chunk:
-            quotes = chunk.count(self._dialect.quote_byte)
+            quotes = byte_count(chunk, self._dialect.quote_byte)
         else:
             quotes = len(fragments(chunk, self._dialect, self._in_quotes)) - 1 - self._in_quotes
         self._in_quotes ^= quotes % 2 == 1

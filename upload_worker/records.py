@@ -52,7 +52,7 @@ def last_record_end(data: bytes, dialect: Dialect, in_quotes: bool = False) -> i
     if end < 0:
         return 0
     quote = dialect.quote_byte
-    if dialect.escape_byte == quote and (data.count(quote, 0, end) + in_quotes) % 2 == 0:
+    if dialect.escape_byte == quote and (byte_count(data, quote, end) + in_quotes) % 2 == 0:
         return end + 1
     parts = fragments(data, dialect, in_quotes)
     outside = quote.join(parts[::2])
@@ -64,6 +64,11 @@ def last_record_end(data: bytes, dialect: Dialect, in_quotes: bool = False) -> i
     piece_end = outside.find(quote, end)
     rest = (piece_end if later else len(outside)) - end - 1
     return len(data) - rest - (len(quote.join(parts[piece:])) - len(parts[piece]))
+
+
+def byte_count(data: bytes, byte: bytes, end: int | None = None) -> int:
+    """Quick where there is none, as for the quotes of many files: searching is many times as fast as counting."""
+    return data.count(byte, 0, end) if byte in data else 0
 
 
 def line_count(data: bytes) -> int:
@@ -123,7 +128,8 @@ def ready_for_copy(raw: bytes, dialect: Dialect, *, skip_blank_lines: bool) -> b
 
 
 def _may_have_blank_lines(raw: bytes) -> bool:
-    if raw[:1] in (b"\n", b"\r") or b"\n\n" in raw:
+    # Backwards, because CPython does that three times as fast for two bytes.
+    if raw[:1] in (b"\n", b"\r") or raw.rfind(b"\n\n") >= 0:
         return True
     return b"\r" in raw and (b"\n\r" in raw or b"\r\r" in raw)
 
