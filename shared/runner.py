@@ -197,28 +197,32 @@ class Runner:
     async def roll_back(self, task_id: TaskId, *, steal_from: Epoch | None = None) -> None:
         """Undo an aborting task; retried with back-off until it is done or another worker has it."""
         attempt = 0
-        while True:
-            task = await self._patiently(
-                lambda: self._store.claim_rollback(task_id, self._worker, steal_from=steal_from)
-            )
-            if task is None:
-                return
-            kind = self._kinds[task.kind]
 
-            async def undo(connection: Connection, kind: TaskKind = kind, task: Task = task) -> None:
-                await kind.undo(task, connection)
+        async def claim() -> Task | None:
+            return await self._store.claim_rollback(task_id, self._worker, steal_from=steal_from)
 
+        while (task := await self._patiently(claim)) is not None:
             with structlog.contextvars.bound_contextvars(task_id=task_id, epoch=task.epoch):
                 try:
-                    await kind.discard(task)
-                    await self._store.rolled_back(task_id, task.epoch, undo, actor=self._worker)
-                except SluiceError as error:
+                    await self._undo(task)
+                except Exception as error:
                     attempt += 1
-                    log.warning("rollback will be tried again", error=error.detail, code=error.code, attempt=attempt)
-                    await asyncio.sleep(self._backoff(attempt))
+                    log.warning("rollback will be tried again", error=str(error), attempt=attempt, exc_info=error)
                 else:
-                    log.info("rolled back")
                     return
+            await asyncio.sleep(self._backoff(attempt))
+            # The lease is our own: take the task from this claim again, but from no later one.
+            steal_from = Epoch(task.epoch - 1)
+
+    async def _undo(self, task: Task) -> None:
+        kind = self._kinds[task.kind]
+
+        async def undo(connection: Connection) -> None:
+            await kind.undo(task, connection)
+
+        await kind.discard(task)
+        if await self._store.rolled_back(task.task_id, task.epoch, undo, actor=self._worker):
+            log.info("rolled back")
 
     # --- one claim
 

@@ -19,6 +19,8 @@ from shared.domain.messages import DEAD_QUEUE
 from shared.domain.task import AccountId, Command, Kind, Task, TaskId, TaskState, Trigger
 from shared.ports.database import Connection
 from shared.ports.tasks import NewTask
+from sluice.stack import Stack
+from sluice.stack.services import Service
 from tests.faults.scene import Scene
 
 DEADLINE_SECONDS = 60.0
@@ -201,6 +203,9 @@ class Console:
     async def purge(self, queue: str) -> None:
         await self._call("DELETE", f"queues/{self._vhost}/{queue}/contents")
 
+    async def delete(self, queue: str) -> None:
+        await self._call("DELETE", f"queues/{self._vhost}/{queue}")
+
     async def dead(self, count: int) -> list[dict[str, Any]]:
         """Wait for `count` dead letters and take them."""
         letters: list[dict[str, Any]] = []
@@ -226,3 +231,24 @@ async def open_console(environment: Mapping[str, str]) -> AsyncIterator[Console]
     async with aiohttp.ClientSession(headers=login) as session:
         vhost = urlsplit(environment["SLUICE_AMQP_URL"]).path.removeprefix("/")
         yield Console(session, f"http://{management.hostname}:{management.port}/api", vhost)
+
+
+# --- the processes
+
+# Small batches and short times: much happens between two commands, and a lost worker is noticed at once.
+QUICK = {
+    "SLUICE_BATCH_BYTES": "8192",
+    "SLUICE_LEASE_SECONDS": "2",
+    "SLUICE_RELAY_INTERVAL_SECONDS": "0.2",
+    "SLUICE_REAP_INTERVAL_SECONDS": "0.2",
+    "SLUICE_RETRY_BACKOFF_SECONDS": "0.1",
+}
+
+
+async def start(services: Stack, *, control: int = 1, workers: int = 1, **changed: object) -> list[Service]:
+    """Start control services and import workers and wait until they are ready, the control services first."""
+    environment = QUICK | {f"SLUICE_{name.upper()}": str(value) for name, value in changed.items()}
+    started = services.spawn("control", control, environment) + services.spawn("upload-worker", workers, environment)
+    for service in started:
+        await asyncio.to_thread(service.wait_ready)
+    return started

@@ -7,7 +7,8 @@ Considerations
 - Handlers outlive sessions. A task that is being worked on goes on while the broker is away; its message comes back
   as redelivered, and whoever handles it recognises the task.
 - A confirm that is lost says nothing about the message: it may be sent again. Consumers are idempotent.
-- A message that no contract describes is moved to the dead-letter queue with its reason, and never requeued.
+- A message that no contract describes, or whose handler fails unexpectedly, is moved to the dead-letter queue with its
+  reason, and never requeued.
 - When no session can be made for `give_up_seconds`, `run` raises, and the process ends for its supervisor to restart.
 """
 
@@ -54,6 +55,8 @@ QUEUES = (
     rollback_queue(IMPORT_QUEUE),
     rollback_queue(EXPORT_QUEUE),
 )
+# A header travels in one frame (128 KiB by default).
+_REASON_CHARACTERS = 1000
 _REPLY_TO = "amq.rabbitmq.reply-to"
 _LOST = (aiormq.exceptions.AMQPError, aio_pika.exceptions.AMQPException, OSError, TimeoutError, RuntimeError)
 
@@ -70,7 +73,12 @@ class Delivery:
         self.correlation_id = raw.correlation_id
 
     async def ack(self) -> None:
-        """Let the broker forget it. If the session is gone the broker has it back already, and it will come again."""
+        """Let the broker forget it; a repeat does nothing.
+
+        If the session is gone the broker has it back already, and it will come again.
+        """
+        if self._raw.processed:
+            return
         try:
             await self._raw.ack()
         except _LOST as error:
@@ -236,6 +244,10 @@ class RabbitBus:
             await handler(delivery)
         except InvalidMessage as error:
             await self._bury(delivery, error.detail)
+        except Exception as error:
+            # One message must not end the process and everything else that it does, nor come back to end the next one.
+            log.error("a message could not be handled", queue=delivery.queue, exc_info=error)
+            await self._bury(delivery, f"unexpected {type(error).__name__}: {error}"[:_REASON_CHARACTERS])
 
     async def _bury(self, delivery: Delivery, reason: str) -> None:
         log.warning("message moved to the dead-letter queue", queue=delivery.queue, reason=reason)
