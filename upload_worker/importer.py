@@ -1,6 +1,5 @@
-"""The kind `import`: a CSV object becomes a load of a dataset."""
+"""The kind `import`: a stored file becomes a load of a dataset."""
 
-import base64
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from shared.adapters.catalog import (
     set_lock_timeout,
 )
 from shared.domain.checkpoint import Checkpoint, Range
-from shared.domain.csv_options import ColumnType, Compression
+from shared.domain.csv_options import ColumnType
 from shared.domain.errors import (
     Conflict,
     CountMismatch,
@@ -29,18 +28,18 @@ from shared.domain.errors import (
     SourceChanged,
     TooManyRejects,
 )
-from shared.domain.import_params import ImportParams, Mode, OnError, SchemaMode, SourceFile
+from shared.domain.import_params import FileFormat, ImportParams, Mode, OnError, SchemaMode, SourceFile
 from shared.domain.task import LoadId, Task
 from shared.ports.database import Connection
 from shared.ports.kinds import Batch, Claim
 from shared.ports.objects import ObjectStore
 from shared.ports.tasks import Progress
 from shared.worker import Tools
-from upload_worker.cutter import cut
+from upload_worker.formats import OpenFile, format_of, guess_format
 from upload_worker.loading import Loader, Reject, keep_rejects
-from upload_worker.plan import CsvPlan
-from upload_worker.sniffing import sniff
-from upload_worker.sources import GzipSource, PlainSource, RangeReader, open_source
+from upload_worker.plan import Column as PlannedColumn
+from upload_worker.plan import FilePlan
+from upload_worker.sources import RangeReader
 
 log = structlog.get_logger()
 
@@ -49,7 +48,7 @@ _GRACE_SECONDS = 0.1
 _LOCK_SECONDS = 5.0
 
 
-class CsvImport:
+class FileImport:
     """The `TaskKind` of imports."""
 
     def __init__(self, tools: Tools) -> None:
@@ -62,12 +61,12 @@ class CsvImport:
         params = ImportParams.model_validate(claim.task.params)
         reader = _pinned_reader(self._objects, params.source)
         if claim.task.plan is None:
-            plan = await self._plan(claim, params, reader)
+            file = await self._plan(claim, params, reader)
         else:
-            plan = CsvPlan.model_validate(claim.task.plan)
-        state = claim.checkpoint.cursor.get("seek_point")
-        source = open_source(reader, params.source.bytes, plan.compression, base64.b85decode(state) if state else None)
-        yield ImportJob(claim, params, plan, source, self._batch_bytes)
+            format_ = format_of(FileFormat(claim.task.plan["format"]))
+            plan = format_.restore(claim.task.plan["file"])
+            file = format_.open(reader, params.source.bytes, plan, claim.checkpoint.cursor, self._batch_bytes)
+        yield ImportJob(claim, params, file)
 
     async def discard(self, task: Task) -> None:
         """An import leaves nothing outside PostgreSQL."""
@@ -84,53 +83,49 @@ class CsvImport:
             await drop_load_table(connection, load_id)
         await connection.execute("DELETE FROM sluice.rejects WHERE task_id = $1", task.task_id)
 
-    async def _plan(self, claim: Claim, params: ImportParams, reader: RangeReader) -> CsvPlan:
+    async def _plan(self, claim: Claim, params: ImportParams, reader: RangeReader) -> OpenFile:
         size = params.source.bytes
-        plan = await sniff(reader, size, params.csv)
+        name = params.format or await guess_format(reader, size)
+        format_ = format_of(name)
+        plan = await format_.look(reader, size, params)
         async with self._database.connection() as connection:
             plan = await _fitted(connection, claim.task, params, plan)
         columns = _columns(plan)
+        file = format_.open(reader, size, plan, {}, self._batch_bytes)
 
         async def prepare(connection: Connection) -> None:
             await create_stage(connection, LoadId(claim.task.task_id), columns)
 
-        rows = int((size - plan.data_start) / plan.record_bytes) if plan.record_bytes else None
-        plain = plan.compression is Compression.NONE
         await claim.save_plan(
-            plan.model_dump(mode="json"),
+            {"format": name, "file": plan.model_dump(mode="json")},
             prepare,
-            bytes_total=size - plan.data_start if plain else None,
-            rows_total=rows if plain else None,
+            bytes_total=file.bytes_total,
+            rows_total=file.rows_total,
         )
-        log.info("planned", columns=len(columns), notes=len(plan.notes), compression=plan.compression)
-        return plan
+        log.info("planned", format=name, columns=len(columns), notes=len(plan.notes))
+        return file
 
 
 class ImportJob:
     """The `Job` of one claimed import."""
 
-    def __init__(
-        self, claim: Claim, params: ImportParams, plan: CsvPlan, source: PlainSource | GzipSource, batch_bytes: int
-    ) -> None:
+    def __init__(self, claim: Claim, params: ImportParams, file: OpenFile) -> None:
         self._claim = claim
         self._params = params
-        self._plan = plan
-        self._source = source
-        self._batch_bytes = batch_bytes
+        self._file = file
         self._load_id = LoadId(claim.task.task_id)
-        self._loader = Loader(self._load_id, plan)
+        self._loader = Loader(self._load_id, [column.name for column in file.plan.columns], file.copy_options)
         self._rejects = claim.task.rejects
 
     async def batches(self, checkpoint: Checkpoint) -> AsyncIterator[Batch]:
-        line = 1 + self._plan.header_lines
         cut_lines = 0
-        for start, end in checkpoint.missing(self._plan.data_start, self._source.size):
-            first = line + checkpoint.lines_before(start) + cut_lines
-            pieces = cut(self._source, self._plan, start, end, line=first, batch_bytes=self._batch_bytes)
+        for start, end in checkpoint.missing(self._file.start, self._file.end):
+            line = self._file.first_line + checkpoint.lines_before(start) + cut_lines
+            pieces = self._file.pieces(start, end, line)
             async with aclosing(pieces):
                 async for piece in pieces:
                     cut_lines += piece.lines
-                    yield Batch(piece.start, piece.end, piece, piece.end - piece.start)
+                    yield Batch(piece.start, piece.end, piece, self._file.bytes_of(piece))
 
     async def run(self, batch: Batch) -> None:
         piece = batch.payload
@@ -144,8 +139,10 @@ class ImportJob:
                     await keep_rejects(work.connection, self._claim.task.task_id, rejected)
             else:
                 rows = await self._loader.load(work.connection, piece)
-            progress = Progress(bytes=batch.bytes, rows=rows, rejects=rejects, bytes_total=self._expected_bytes(batch))
-            work.done(Range(batch.start, batch.end, piece.lines), progress, self._cursor())
+            expected = self._file.expected_bytes(piece)
+            progress = Progress(bytes=batch.bytes, rows=rows, rejects=rejects, bytes_total=expected)
+            cursor = self._file.cursor(self._claim.checkpoint.prefix(self._file.start))
+            work.done(Range(batch.start, batch.end, piece.lines), progress, cursor)
 
     def _count_rejects(self, rejected: list[Reject]) -> None:
         self._rejects += len(rejected)
@@ -153,7 +150,7 @@ class ImportJob:
             last = rejected[-1]
             raise TooManyRejects(
                 f"more than max_rejects ({self._params.max_rejects}) records cannot be loaded; the last, line "
-                f"{last.line}: {last.reason}. Look at the task's rejects, correct the file or the csv options, or "
+                f"{last.line}: {last.reason}. Look at the task's rejects, correct the file or the import's options, or "
                 "allow more",
                 line=last.line,
             )
@@ -162,9 +159,8 @@ class ImportJob:
         """Nothing is open between batches."""
 
     async def finish(self) -> None:
-        done, start = self._claim.checkpoint, self._plan.data_start
-        size = self._source.size
-        if len(done.done) > 1 or (size is not None and not done.covers(min(start, size), size)):
+        done, start, end = self._claim.checkpoint, self._file.start, self._file.end
+        if len(done.done) > 1 or (end is not None and not done.covers(min(start, end), end)):
             raise CountMismatch(f"the batches done do not cover the file: {done.done}")
 
     async def publish(self, connection: Connection) -> dict[str, Any]:
@@ -179,7 +175,7 @@ class ImportJob:
             rows=counted["rows_done"],
             rejects=counted["rejects"],
             bytes=counted["bytes_done"],
-            columns=_columns(self._plan),
+            columns=_columns(self._file.plan),
             file_id=self._params.source.file_id,
             file_name=self._params.source.name,
         )
@@ -191,26 +187,14 @@ class ImportJob:
             evolve=self._params.schema_mode is SchemaMode.EVOLVE,
             lock_seconds=_LOCK_SECONDS,
         )
-        return {**result, "notes": self._plan.notes}
-
-    def _cursor(self) -> dict[str, Any] | None:
-        if not isinstance(self._source, GzipSource):
-            return None
-        state = self._source.resume_state(self._claim.checkpoint.prefix(self._plan.data_start))
-        return {"seek_point": base64.b85encode(state).decode()} if state else None
-
-    def _expected_bytes(self, batch: Batch) -> int | None:
-        """The uncompressed size, as far as the part that was read lets one guess it."""
-        if not isinstance(self._source, GzipSource) or not self._source.compressed_position:
-            return None
-        return max(batch.end, round(batch.end * self._params.source.bytes / self._source.compressed_position))
+        return {**result, "notes": self._file.plan.notes}
 
 
-def _columns(plan: CsvPlan) -> tuple[Column, ...]:
+def _columns(plan: FilePlan) -> tuple[Column, ...]:
     return tuple(Column(column.name, str(column.type)) for column in plan.columns)
 
 
-async def _fitted(connection: Connection, task: Task, params: ImportParams, plan: CsvPlan) -> CsvPlan:
+async def _fitted(connection: Connection, task: Task, params: ImportParams, plan: FilePlan) -> FilePlan:
     """Check early what publishing will check again; appended columns take the dataset's types, not guesses.
 
     Raises Conflict, NotFound or SchemaMismatch.
@@ -225,7 +209,7 @@ async def _fitted(connection: Connection, task: Task, params: ImportParams, plan
     asked = _asked_types(params)
     theirs = {column.name: column.type for column in dataset.columns}
     names = [column.name for column in plan.columns]
-    if not plan.header_lines and len(names) == len(theirs) and not params.csv.columns:
+    if not plan.names_columns and len(names) == len(theirs) and not (params.columns or params.csv.columns):
         names = list(theirs)
     columns = [
         column.model_copy(
@@ -236,15 +220,19 @@ async def _fitted(connection: Connection, task: Task, params: ImportParams, plan
         )
         for name, column in zip(names, plan.columns, strict=True)
     ]
+    if plan.is_sparse:
+        columns += [
+            PlannedColumn(name=name, type=ColumnType(type_), source_name=name)
+            for name, type_ in theirs.items()
+            if name not in names
+        ]
     plan = plan.model_copy(update={"columns": columns})
     compare_columns(dataset.columns, _columns(plan), evolve=params.schema_mode is SchemaMode.EVOLVE)
     return plan
 
 
 def _asked_types(params: ImportParams) -> set[str]:
-    columns = params.csv.columns
-    if columns is None:
-        return set()
+    columns = params.columns or params.csv.columns or {}
     if isinstance(columns, dict):
         return set(columns)
     return {column.name for column in columns if column.name and column.type}
@@ -261,9 +249,9 @@ def _pinned_reader(objects: ObjectStore, source: SourceFile) -> RangeReader:
             async with aclosing(objects.read(source.object_key, etag=source.etag, start=start, end=end)) as chunks:
                 async for chunk in chunks:
                     yield chunk
-        except ObjectMissing as error:
+        except (ObjectMissing, SourceChanged) as error:
             raise SourceChanged(
-                f"the stored bytes of file {source.name!r} are gone; abort this task, upload the file again and start "
+                f"the stored bytes of file {source.name!r} are gone or not the same any more; abort this task, upload the file again and start "
                 "a new import"
             ) from error
 

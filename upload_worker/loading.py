@@ -1,16 +1,13 @@
-"""One batch into the load's table: COPY of the raw bytes, and bad records found and set aside."""
+"""One piece of a file into the load's table: COPY of its records, and bad ones found and set aside."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from shared.adapters.catalog import LOADS_SCHEMA, load_table
 from shared.domain.errors import BadRecord, CountMismatch
 from shared.domain.task import LoadId, TaskId
 from shared.ports.database import Connection
-from upload_worker.cutter import Batch
-from upload_worker.plan import CsvPlan
-from upload_worker.records import last_record_end, printable, record_at_line
 
 # What is sent again after a bad record was found: small enough that many bad ones do not make it quadratic.
 _SMALLEST_WINDOW = 64 << 10
@@ -21,82 +18,104 @@ RAW_CHARACTERS = 64 << 10
 @dataclass(frozen=True, slots=True)
 class Reject:
     line: int
+    """Where the record begins: the line of the file, or the number of the row in formats without lines; from 1."""
     column: str | None
     reason: str
     raw: str
 
 
+class Piece(Protocol):
+    """Whole records of a file, written as COPY takes them. Both ends are positions where reading can begin."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def lines(self) -> int:
+        """How many lines of the file end in this piece; 0 in formats without lines."""
+
+    @property
+    def data(self) -> bytes:
+        """What COPY gets; empty if the piece has no record that could be sent."""
+
+    @property
+    def rejects(self) -> Sequence[Reject]:
+        """Records that are not in `data` because they cannot even be written for COPY."""
+
+    def holds(self, rows: int) -> bool:
+        """Whether `data` has that many records."""
+
+    def records_end(self, start: int, size: int) -> int:
+        """Where the last record ends that fits whole into `data[start : start + size]`; 0 if none does."""
+
+    def record_at(self, start: int, end: int, line: int) -> tuple[int, int] | None:
+        """Offsets in `data` of the record for which COPY of `data[start:end]` names `line`."""
+
+    def source_of(self, start: int, end: int) -> tuple[int, str]:
+        """The line (or row) of the file at which this record of `data` begins, and its text for people."""
+
+
 class Loader:
-    """Loads batches of one file into one load's table."""
+    """Loads pieces of one file into one load's table."""
 
-    def __init__(self, load_id: LoadId, plan: CsvPlan) -> None:
+    def __init__(self, load_id: LoadId, columns: Sequence[str], copy_options: Mapping[str, Any]) -> None:
         self._table = load_table(load_id)
-        self._plan = plan
-        self._columns = [column.name for column in plan.columns]
-        self._options: dict[str, Any] = {
-            "format": "csv",
-            "delimiter": plan.dialect.delimiter,
-            "quote": plan.dialect.quote,
-            "escape": plan.dialect.escape,
-            "null": plan.null,
-            "force_null": plan.force_null or None,
-        }
+        self._columns = columns
+        self._options = copy_options
 
-    async def load(self, connection: Connection, batch: Batch) -> int:
-        """Load all records of the batch; answers the rows. Raises BadRecord with the line in the file."""
-        if batch.open_quote:
-            raise BadRecord(_UNCLOSED.format(line=batch.line), line=batch.line)
-        if not batch.data:
+    async def load(self, connection: Connection, piece: Piece) -> int:
+        """Load all records of the piece; answers the rows. Raises BadRecord with the line in the file."""
+        if piece.rejects:
+            raise _error(piece.rejects[0])
+        if not piece.data:
             return 0
         try:
-            rows = await self._copy(connection, batch.data)
+            rows = await self._copy(connection, piece.data)
         except BadRecord as error:
-            raise _placed(error, batch) from error
-        self._check(batch, rows)
+            found = piece.record_at(0, len(piece.data), error.extra["line"])
+            if found is None:
+                raise
+            raise _error(_reject(piece, found, error), error.extra.get("sqlstate")) from error
+        self._check(piece, rows)
         return rows
 
-    async def load_good(self, connection: Connection, batch: Batch) -> tuple[int, list[Reject]]:
+    async def load_good(self, connection: Connection, piece: Piece) -> tuple[int, list[Reject]]:
         """Load the records that can be loaded; answers the rows and the rejects."""
-        if batch.open_quote:
-            reason = _UNCLOSED.format(line=batch.line)
-            return 0, [Reject(batch.line, None, reason, printable(batch.data[:RAW_CHARACTERS].rstrip(b"\r\n")))]
-        data, dialect = batch.data, batch.dialect
-        rows, rejects = 0, list[Reject]()
-        position, window = 0, len(data)
-        while position < len(data):
-            piece = data[position:]
-            if window < len(piece):
-                piece = piece[: last_record_end(piece[:window], dialect) or len(piece)]
+        data, size = piece.data, len(piece.data)
+        rows, refused = 0, list[Reject]()
+        position, window = 0, size
+        while position < size:
+            end = (window < size - position and piece.records_end(position, window)) or size
             try:
                 async with connection.transaction():
-                    rows += await self._copy(connection, piece)
+                    rows += await self._copy(connection, data[position:end])
             except BadRecord as error:
-                found = record_at_line(piece, dialect, error.extra["line"])
+                found = piece.record_at(position, end, error.extra["line"])
                 if found is None:
                     raise
-                start, end = found
-                if start:
-                    rows += await self._copy(connection, piece[:start])
-                line = batch.line_of(position + start)
-                raw = printable(piece[start : min(end, start + RAW_CHARACTERS)].rstrip(b"\r\n"))
-                rejects.append(Reject(line, error.extra["column"], error.detail, raw))
-                position += end
+                if found[0] > position:
+                    rows += await self._copy(connection, data[position : found[0]])
+                refused.append(_reject(piece, found, error))
+                position = found[1]
                 window = max(_SMALLEST_WINDOW, window // 4)
             else:
-                position += len(piece)
+                position = end
                 window *= 4
-        self._check(batch, rows + len(rejects))
-        return rows, rejects
+        self._check(piece, rows + len(refused))
+        return rows, sorted([*piece.rejects, *refused], key=lambda reject: reject.line)
 
     async def _copy(self, connection: Connection, data: bytes) -> int:
         return await connection.copy_in(LOADS_SCHEMA, self._table, data, columns=self._columns, **self._options)
 
     @staticmethod
-    def _check(batch: Batch, count: int) -> None:
-        if not batch.holds(count):
+    def _check(piece: Piece, count: int) -> None:
+        if not piece.holds(count):
             raise CountMismatch(
-                f"of bytes {batch.start} to {batch.end} of the file {batch.records} records were cut, but PostgreSQL "
-                f"counted {count}; the csv options (quote, escape) probably do not fit the file"
+                f"in the part of the file from position {piece.start} to {piece.end} PostgreSQL counted {count} "
+                "records, which is not what was cut; for CSV: the options quote and escape probably do not fit it"
             )
 
 
@@ -109,20 +128,17 @@ async def keep_rejects(connection: Connection, task_id: TaskId, rejects: Sequenc
     )
 
 
-_UNCLOSED = (
-    "the record that begins on line {line} has a quote that is never closed; correct it there, or set csv.quote "
-    "and csv.escape to what the file uses"
-)
+def _reject(piece: Piece, record: tuple[int, int], error: BadRecord) -> Reject:
+    line, raw = piece.source_of(*record)
+    return Reject(line, error.extra["column"], error.detail, raw)
 
 
-def _placed(error: BadRecord, batch: Batch) -> BadRecord:
-    """The error with the line of the file on which its record begins."""
-    found = record_at_line(batch.data, batch.dialect, error.extra["line"])
-    line, column = batch.line_of(found[0]) if found else batch.line, error.extra["column"]
-    where = f"line {line}" + (f", column {column}" if column else "")
+def _error(reject: Reject, sqlstate: str | None = None) -> BadRecord:
+    where = f"line {reject.line}" + (f", column {reject.column}" if reject.column else "")
     return BadRecord(
-        f"{where}: {error.detail}. Correct the file, name another type in csv.columns, or import with on_error skip",
-        line=line,
-        column=column,
-        sqlstate=error.extra.get("sqlstate"),
+        f"{where}: {reject.reason}. Correct the file, name another type in columns (or csv.columns), or import with "
+        "on_error skip",
+        line=reject.line,
+        column=reject.column,
+        sqlstate=sqlstate,
     )

@@ -1,4 +1,4 @@
-"""How one CSV file is read: decided once by sniffing, then stored in the task's checkpoint."""
+"""How one file is read: decided once, by looking at it, and then stored with the task."""
 
 from typing import Any
 
@@ -37,11 +37,28 @@ class Dialect(_Frozen):
 class Column(_Frozen):
     name: str
     type: ColumnType
-    source_name: str | None = Field(default=None, description="As in the file's header; None without one.")
+    source_name: str | None = Field(default=None, description="As in the file; None if that has no name for it.")
 
 
-class CsvPlan(_Frozen):
-    """Everything that cutting and COPY need to know about the file.
+class FilePlan(_Frozen):
+    """What the plan of a file of any format says."""
+
+    columns: list[Column]
+    notes: list[dict[str, Any]] = Field(default_factory=list)
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether the file itself names its columns."""
+        return True
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a column that was not seen may still come, and one that is missing is NULL."""
+        return False
+
+
+class CsvPlan(FilePlan):
+    """Everything that cutting and COPY need to know about a CSV file.
 
     Positions are byte offsets in the uncompressed object, in the object's own encoding.
     """
@@ -52,9 +69,11 @@ class CsvPlan(_Frozen):
     header_lines: int = Field(description="Physical lines before `data_start`.")
     dialect: Dialect
     null: str
-    columns: list[Column]
-    notes: list[dict[str, Any]] = Field(default_factory=list)
     record_bytes: float = Field(default=0, description="Average bytes of a sampled record; 0 if none was seen.")
+
+    @property
+    def names_columns(self) -> bool:
+        return self.header_lines > 0
 
     @property
     def skips_blank_lines(self) -> bool:
@@ -65,3 +84,21 @@ class CsvPlan(_Frozen):
     def force_null(self) -> list[str]:
         """Columns for COPY's FORCE_NULL: a quoted empty field cannot be a number or a date, so it is NULL."""
         return [column.name for column in self.columns if column.type is not ColumnType.TEXT]
+
+
+class JsonlPlan(FilePlan):
+    """Positions are byte offsets in the uncompressed object. `source_name` is the key of each column."""
+
+    compression: Compression
+    data_start: int = Field(description="Position of the first byte after a byte order mark.")
+    record_bytes: float = Field(description="Average bytes of a sampled line.")
+
+    @property
+    def is_sparse(self) -> bool:
+        return True
+
+
+class ParquetPlan(FilePlan):
+    """Positions are row numbers, from 0. The columns are all of the file's, in its order."""
+
+    rows: int

@@ -54,11 +54,11 @@ async def sniff(reader: RangeReader, size: int, options: CsvOptions) -> CsvPlan:
     Raises InvalidData for a file that is no CSV or has no record, for more columns than a table can have,
     and where the options do not fit the file.
     """
-    magic = await _read(reader(0, min(size, MAGIC_BYTES)), MAGIC_BYTES)
+    magic = await read_head(reader(0, min(size, MAGIC_BYTES)), MAGIC_BYTES)
     compression = options.compression or guess_compression(magic)
     source = open_source(reader, size, compression)
     for sample_bytes in (SAMPLE_BYTES, MAX_HEAD_BYTES):
-        head = await _read(source.read(0, sample_bytes), sample_bytes)
+        head = await read_head(source.read(0, sample_bytes), sample_bytes)
         whole = len(head) < sample_bytes
         encoding, bom, notes = await asyncio.to_thread(guess_encoding, head, options.encoding, whole)
         if len(head) == bom:
@@ -113,7 +113,7 @@ def _no_record(sample: _Sample, head_bytes: int) -> InvalidData:
     return InvalidData("The file holds nothing but blank lines: there is no header and no record to import.")
 
 
-async def _read(stream: AsyncIterator[bytes], length: int) -> bytes:
+async def read_head(stream: AsyncIterator[bytes], length: int) -> bytes:
     data = bytearray()
     async with closing(stream) as chunks:
         async for chunk in chunks:
@@ -137,7 +137,7 @@ async def _far_rows(source: ByteSource, sample: _Sample, bom: int) -> list[Row]:
     rows: list[Row] = []
     for number in range(1, FAR_SAMPLES + 1):
         start = max(bom + len(sample.block), (source.size - FAR_SAMPLE_BYTES) * number // FAR_SAMPLES)
-        block = await _read(source.read(start, start + FAR_SAMPLE_BYTES), FAR_SAMPLE_BYTES)
+        block = await read_head(source.read(start, start + FAR_SAMPLE_BYTES), FAR_SAMPLE_BYTES)
         first = re.search(rb"[\r\n]+", block)
         if first is None:
             continue

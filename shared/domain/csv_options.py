@@ -11,7 +11,7 @@ _PROBE = bytes(range(128)) + b"\\u0041 ~{ .xn--a-ecp.ru \x1b$B!!"
 
 
 class ColumnType(StrEnum):
-    """Column types that an import can create; `uuid` and `jsonb` only when the user asks for them."""
+    """Column types that an import can create; CSV has `uuid`, `jsonb` and `bytea` only when the user asks for them."""
 
     BIGINT = "bigint"
     NUMERIC = "numeric"
@@ -23,6 +23,7 @@ class ColumnType(StrEnum):
     TEXT = "text"
     UUID = "uuid"
     JSONB = "jsonb"
+    BYTEA = "bytea"
 
 
 class Compression(StrEnum):

@@ -81,12 +81,13 @@ class Scene:
         """Ask for an import, as the gateway would; `params` are those of the request."""
         if isinstance(source, bytes):
             source = await self.file(source)
+        max_bytes_per_second = params.pop("max_bytes_per_second", None)
         wanted = ImportParams.model_validate({"dataset": dataset, "source": source, **params})
         new = NewTask(
             self.account_id,
             Kind.IMPORT,
             wanted.model_dump(mode="json", exclude_none=True),
-            max_bytes_per_second=wanted.max_bytes_per_second,
+            max_bytes_per_second=max_bytes_per_second,
         )
         task, _ = await self.store.create(new, actor="test")
         return task.task_id
