@@ -18,7 +18,7 @@ from shared.adapters.task_store import PgTaskStore, StorePolicy
 from shared.config import Settings
 from shared.controls import Controls
 from shared.domain.messages import BROADCAST_EXCHANGE, RollBackTask, RunTask, TaskEvent, decode, rollback_queue
-from shared.domain.task import Kind, TaskId
+from shared.domain.task import Epoch, Kind, TaskId
 from shared.ports.database import Database
 from shared.ports.kinds import TaskKind
 from shared.ports.objects import ObjectStore
@@ -59,8 +59,11 @@ class _Turns:
     async def take(self, message: RunTask | RollBackTask, delivery: Delivery) -> None:
         """Handle the message, then acknowledge it: by then the row says where the task stands."""
         lock = self._busy.setdefault(message.task_id, asyncio.Lock())
+        steal_from: Epoch | None = None
         # When this process has the task itself, a message that comes back tells of a lost session, not a lost worker.
-        steal_from = message.epoch if delivery.redelivered and not lock.locked() else None
+        if delivery.returns and message.epoch is not None and not lock.locked():
+            # Each time it came back a worker was lost, and with each one claim more.
+            steal_from = Epoch(message.epoch + delivery.returns - 1)
         try:
             async with lock:
                 await self._handle(message.task_id, steal_from=steal_from)

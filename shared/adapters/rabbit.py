@@ -68,7 +68,8 @@ class Delivery:
         self._raw = raw
         self.queue = queue
         self.body = raw.body
-        self.redelivered = bool(raw.redelivered)
+        # How often it came back already. Quorum queues count it; any other says no more than that it did.
+        self.returns = int(str(raw.headers.get("x-delivery-count", int(bool(raw.redelivered)))))
         self.reply_to = raw.reply_to
         self.correlation_id = raw.correlation_id
 

@@ -41,8 +41,8 @@ class Message(BaseModel):
 
 
 _EPOCH = (
-    "the task's epoch when this was sent: when the message comes back, its consumer is gone, and the task may be "
-    "taken from the claim that followed, but from no later one"
+    "the task's epoch when this was sent: whenever the message comes back, its consumer is gone, and the task may be "
+    "taken from one claim more that followed, but from no later one"
 )
 
 
