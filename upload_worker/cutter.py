@@ -1,9 +1,8 @@
 """Cuts the bytes of a CSV object into batches of whole records, without parsing them."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 
 from shared.domain.errors import InvalidData
 from upload_worker.encoding import Encoding
@@ -56,13 +55,16 @@ class Batch:
         """The number, in the file, of the line on which the record at `offset` of `data` begins."""
         if self.raw is self.data:
             return self.line + line_count(self.data[:offset])
-        starts = (
+        start = self._raw_starts[record_count(self.data[:offset], self.dialect)]
+        return self.line + line_count(self.raw[:start])
+
+    @cached_property
+    def _raw_starts(self) -> list[int]:
+        return [
             start
             for start, end in split_records(self.raw, self.dialect)
             if not self.skips_blank_lines or self.raw[start:end].strip(b"\r\n")
-        )
-        start = next(islice(starts, record_count(self.data[:offset], self.dialect), None))
-        return self.line + line_count(self.raw[:start])
+        ]
 
 
 class RecordCutter:
@@ -182,12 +184,13 @@ async def cut(
 
     async with closing(source.read(start, end)) as chunks:
         async for chunk in chunks:
-            fed += len(chunk)
-            block = cutter.feed(decoder.decode(chunk))
-            if block is not None:
-                yield batch(block, position + encoding.source_bytes(block))
-            elif cutter.pending_bytes > max_record_bytes:
-                raise record_too_long(position, line, max_record_bytes)
+            for piece in _pieces(chunk, cutter, batch_bytes):
+                fed += len(piece)
+                block = cutter.feed(decoder.decode(piece))
+                if block is not None:
+                    yield batch(block, position + encoding.source_bytes(block))
+                elif cutter.pending_bytes > max_record_bytes:
+                    raise record_too_long(position, line, max_record_bytes)
     block = cutter.feed(decoder.decode(b"", final=True))
     if block is not None:
         yield batch(block, position + encoding.source_bytes(block))
@@ -196,6 +199,15 @@ async def cut(
         yield batch(whole, position + encoding.source_bytes(whole) if unclosed else fed)
     if unclosed:
         yield batch(unclosed, fed, open_quote=True)
+
+
+def _pieces(chunk: bytes, cutter: RecordCutter, batch_bytes: int) -> Iterator[bytes]:
+    """The chunk in pieces that make batches of `batch_bytes`, whatever the source sends; longer in a long record."""
+    start = 0
+    while start < len(chunk):
+        end = start + max(batch_bytes, cutter.pending_bytes)
+        yield chunk[start:end]
+        start = end
 
 
 def record_too_long(position: int, line: int, max_record_bytes: int) -> InvalidData:

@@ -85,7 +85,7 @@ def unordered(rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return sorted(rows, key=repr)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     table=tables(),
     delimiter=st.sampled_from(",;\t|"),
@@ -117,15 +117,15 @@ async def test_any_table_comes_back_as_copy_and_pythons_reader_read_it(
     assert unordered(got) == unordered([tuple(record) for record in table])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data(), encoding=st.sampled_from(["utf-16", "utf-16-be", "utf-32", "cp1252", "shift_jis", "gb18030"]))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), encoding=st.sampled_from(["utf-16", "utf-16-be", "utf-32", "cp1252", "big5", "gb18030"]))
 async def test_any_table_comes_back_from_any_encoding(importers: Scene, data: st.DataObject, encoding: str) -> None:
     characters = st.characters(codec=encoding, exclude_characters="\x00", exclude_categories=["Cs"])
 
-    def survives(text: str) -> bool:  # not all of Shift JIS does
+    def survives(text: str) -> bool:  # not all of Big5 does
         return text.encode(encoding).decode(encoding) == text
 
-    texts = st.lists(st.sampled_from(list(',"\n\\.é表ソ')) | characters, max_size=6).map("".join)
+    texts = st.lists(st.sampled_from(list(',"\n\\.é許表')) | characters, max_size=6).map("".join)
     encodable = texts.map(lambda text: text.encode(encoding, "ignore").decode(encoding)).filter(survives)
     table = data.draw(tables(encodable))
     names = [f"c{number}" for number in range(1, len(table[0]) + 1 if table else 3)]
