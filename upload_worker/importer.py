@@ -251,8 +251,8 @@ def _pinned_reader(objects: ObjectStore, source: SourceFile) -> RangeReader:
                     yield chunk
         except (ObjectMissing, SourceChanged) as error:
             raise SourceChanged(
-                f"the stored bytes of file {source.name!r} are gone or not the same any more; abort this task, upload the file again and start "
-                "a new import"
+                f"the stored bytes of file {source.name!r} are gone or not the same any more; abort this task, upload "
+                "the file again and start a new import"
             ) from error
 
     return read
