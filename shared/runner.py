@@ -61,6 +61,7 @@ class RunnerClaim:
         self._signal = signal
         self._committing = asyncio.Lock()
         self._allowance = _Allowance(task.max_bytes_per_second)
+        self._turn = asyncio.Lock()
 
     @asynccontextmanager
     async def batch(self) -> AsyncIterator[_BatchWork]:
@@ -122,32 +123,47 @@ class RunnerClaim:
         self.look(standing)
         return standing.state
 
-    async def allowed(self, count: int) -> bool:
-        """Wait until the task's rate allows `count` bytes; False when something else is wanted in the meantime."""
-        wait_seconds = self._allowance.take(count)
-        if wait_seconds > 0:
-            await self._signal.interrupted(wait_seconds)
+    async def allowed(self, count: int, *, until: float) -> bool:
+        """Wait for the task's rate before using `count` bytes.
+
+        False when something else is wanted in the meantime, or when it would be later than `until` (loop time).
+        """
+        async with self._turn:
+            while (wait_seconds := self._allowance.seconds_left()) > 0:
+                time_left = until - asyncio.get_running_loop().time()
+                # In steps, because the rate may be changed meanwhile.
+                if time_left <= 0 or await self._signal.interrupted(min(wait_seconds, time_left, 1.0)):
+                    return False
+            self._allowance.take(count)
         return self._signal.wanted is Wanted.GO_ON
 
 
 class _Allowance:
-    """A token bucket of one second's bytes that may go into debt by one batch."""
+    """A token bucket that saves up one second's bytes at most, and goes into debt by one batch.
+
+    It begins empty: a batch may be taken at once, so that every claim makes progress at whatever rate, and the next
+    one when that is paid off.
+    """
 
     def __init__(self, bytes_per_second: int | None) -> None:
         self.bytes_per_second = bytes_per_second
-        self._tokens = float(bytes_per_second or 0)
-        self._at = 0.0
+        self._tokens = 0.0
+        self._at: float | None = None
 
-    def take(self, count: int) -> float:
-        """Take `count` bytes; answers how many seconds to wait before using them."""
-        if self.bytes_per_second is None:
-            return 0.0
+    def seconds_left(self) -> float:
+        """How long to wait before more may be taken."""
         now = asyncio.get_running_loop().time()
-        earned = (now - self._at) * self.bytes_per_second if self._at else 0.0
-        self._tokens = min(self._tokens + earned, float(self.bytes_per_second))
+        if self.bytes_per_second is None:
+            self._tokens = 0.0
+        else:
+            earned = (now - (self._at or now)) * self.bytes_per_second
+            self._tokens = min(self._tokens + earned, float(self.bytes_per_second))
         self._at = now
-        self._tokens -= count
-        return max(0.0, -self._tokens / self.bytes_per_second)
+        return max(0.0, -self._tokens / (self.bytes_per_second or 1))
+
+    def take(self, count: int) -> None:
+        if self.bytes_per_second is not None:
+            self._tokens -= count
 
 
 class Runner:
@@ -292,7 +308,7 @@ class Runner:
         async def lane() -> None:
             nonlocal complete
             while (batch := await queue.get()) is not None:
-                if stopping or not await claim.allowed(batch.bytes):
+                if stopping or not await claim.allowed(batch.bytes, until=slice_end):
                     complete = False
                     return
                 await job.run(batch)
