@@ -74,14 +74,19 @@ class PgOutbox:
 
 async def relay(database: Database, publisher: Publisher, *, older_than_seconds: float, limit: int = 200) -> int:
     """Send what is due and was not sent at once; answers how many. Raises BusUnavailable and DatabaseUnavailable."""
+    sent: list[int] = []
+    refused: BusUnavailable | None = None
     async with database.transaction() as connection:
-        rows = await connection.fetch(_DUE, older_than_seconds, limit)
-        sent: list[int] = []
-        try:
-            for row in rows:
+        for row in await connection.fetch(_DUE, older_than_seconds, limit):
+            try:
                 await publisher.publish_json(row["exchange"], row["routing_key"], row["body"])
-                sent.append(row["outbox_id"])
-        finally:
-            if sent:
-                await connection.execute(_DELETE, sent)
+            except BusUnavailable as error:
+                # Raised after the commit: what was sent before it shall not be sent again.
+                refused = error
+                break
+            sent.append(row["outbox_id"])
+        if sent:
+            await connection.execute(_DELETE, sent)
+    if refused is not None:
+        raise refused
     return len(sent)
