@@ -1,19 +1,25 @@
 """How each kind of task is taken in: its request is checked against what is there, and becomes a new task."""
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, RootModel
 
 from gateway.files import StoredFile
 from shared.domain.errors import Conflict, NotFound
+from shared.domain.export_params import ExportRequest
 from shared.domain.import_params import ImportParams, ImportRequest, Mode, SourceFile
 from shared.domain.task import AccountId, Kind
+from shared.domain.task_options import TaskOptions
 from shared.ports.tasks import NewTask
 
 if TYPE_CHECKING:
     from gateway.context import Gateway
 
-# What POST /v1/tasks takes. With a second kind: Annotated[ImportRequest | ExportRequest, Field(discriminator="kind")]
-TaskRequest = ImportRequest
+
+class TaskRequest(RootModel[Annotated[ImportRequest | ExportRequest, Field(discriminator="kind")]]):
+    """What POST /v1/tasks takes: one of the kinds."""
+
 
 Intake = Callable[["Gateway", AccountId, Any], Awaitable[NewTask]]
 
@@ -53,6 +59,18 @@ async def _file(gateway: "Gateway", account_id: AccountId, request: ImportReques
     return file
 
 
+async def take_export(gateway: "Gateway", account_id: AccountId, request: ExportRequest) -> NewTask:
+    """Check it against the dataset as it is now. Raises NotFound, and InvalidRequest that names every fault."""
+    dataset = await gateway.datasets.get(account_id, request.dataset)
+    request.check({column["name"]: column["type"] for column in dataset.columns})
+    return NewTask(
+        account_id=account_id,
+        kind=Kind.EXPORT,
+        params=request.model_dump(mode="json", exclude=set(TaskOptions.model_fields)),
+    )
+
+
 INTAKES: dict[str, Intake] = {
     Kind.IMPORT: take_import,
+    Kind.EXPORT: take_export,
 }

@@ -6,6 +6,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from shared.domain.errors import (
     BusUnavailable,
@@ -20,6 +21,7 @@ from shared.domain.errors import (
     TooSlow,
     Unauthenticated,
 )
+from shared.domain.task import Kind
 
 REQUEST_ID = web.RequestKey("request_id", str)
 MEDIA_TYPE = "application/problem+json"
@@ -120,15 +122,26 @@ def unexpected_problem(request: web.Request) -> web.Response:
     return _response(_document(request, "internal", "Internal server error", 500, _FAULT))
 
 
+# Pydantic begins the place of a fault with the arm of the union that it looked into, which is no field of anybody's.
+_KINDS = frozenset(Kind)
+
+
+def _field(item: ErrorDetails) -> str:
+    if item["type"].startswith("union_tag_"):
+        return str(item["ctx"]["discriminator"]).strip("'")
+    steps = item["loc"][1:] if item["loc"] and item["loc"][0] in _KINDS else item["loc"]
+    return ".".join(str(step) for step in steps)
+
+
 def faults(error: ValidationError, *, where: str) -> InvalidRequest:
     """Pydantic's findings, by field, without the values (they may be secrets)."""
     found = [
         {
             "in": where,
-            "field": ".".join(str(step) for step in item["loc"]),
+            "field": _field(item),
             "fault": item["msg"].removeprefix("Value error, "),
         }
-        for item in error.errors(include_url=False, include_input=False, include_context=False)
+        for item in error.errors(include_url=False, include_input=False)
     ]
     lines = [f"{item['field']}: {item['fault']}" if item["field"] else item["fault"] for item in found[:5]]
     return InvalidRequest(f"the {where} is not right: {'; '.join(lines)}", errors=found[:50])

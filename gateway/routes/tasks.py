@@ -58,19 +58,19 @@ async def create_task(call: Call, body: TaskRequest) -> Reply:
 
     With an `Idempotency-Key` header a repeated request answers with the task that the first one made.
     """
-    gateway, account = call.gateway, call.account
+    gateway, account, wanted = call.gateway, call.account, body.root
     key = _idempotency_key(call.request)
     request_hash = hashlib.sha256(body.model_dump_json(exclude_unset=True).encode()).digest()
     # Before the checks: a repeat must find its task even if the file is gone by now, or the dataset there.
     task = await gateway.task_queries.made_before(account.account_id, key, request_hash)
     is_new = False
     if task is None:
-        new = await INTAKES[body.kind](gateway, account.account_id, body)
+        new = await INTAKES[wanted.kind](gateway, account.account_id, wanted)
         new = replace(
             new,
-            max_bytes_per_second=body.max_bytes_per_second,
-            not_before=body.not_before,
-            run_window=body.run_window,
+            max_bytes_per_second=wanted.max_bytes_per_second,
+            not_before=wanted.not_before,
+            run_window=wanted.run_window,
             idempotency_key=key,
             request_hash=request_hash,
         )
