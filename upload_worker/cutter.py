@@ -138,7 +138,8 @@ class RecordCutter:
     def _take(self) -> bytes | None:
         for index in range(len(self._chunks) - 1, self._searched - 1, -1):
             chunk = self._chunks[index]
-            end = last_record_end(chunk, self._dialect, self._opens_in_quotes[index])
+            ends_in_quotes = self._opens_in_quotes[index + 1] if index + 1 < len(self._chunks) else self._in_quotes
+            end = last_record_end(chunk, self._dialect, self._opens_in_quotes[index], ends_in_quotes=ends_in_quotes)
             if end:
                 block = b"".join([*self._chunks[:index], memoryview(chunk)[:end]])
                 tail, after = chunk[end:], index + 1

@@ -46,14 +46,24 @@ def fragments(data: bytes, dialect: Dialect, in_quotes: bool = False) -> list[by
     return parts
 
 
-def last_record_end(data: bytes, dialect: Dialect, in_quotes: bool = False) -> int:
-    """Offset after the last newline that ends a record, 0 if none does."""
+def last_record_end(
+    data: bytes, dialect: Dialect, in_quotes: bool = False, *, ends_in_quotes: bool | None = None
+) -> int:
+    """Offset after the last newline that ends a record, 0 if none does.
+
+    Quicker when the caller knows whether the data ends inside quotes: then only what follows that newline is counted.
+    """
     end = max(data.rfind(b"\n"), data.rfind(b"\r"))
     if end < 0:
         return 0
     quote = dialect.quote_byte
-    if dialect.escape_byte == quote and (byte_count(data, quote, end) + in_quotes) % 2 == 0:
-        return end + 1
+    if dialect.escape_byte == quote:
+        if ends_in_quotes is None:
+            quotes = byte_count(data, quote, end) + in_quotes
+        else:
+            quotes = data.count(quote, end) + ends_in_quotes
+        if quotes % 2 == 0:
+            return end + 1
     parts = fragments(data, dialect, in_quotes)
     outside = quote.join(parts[::2])
     end = max(outside.rfind(b"\n"), outside.rfind(b"\r"))
