@@ -15,6 +15,7 @@ from export_worker.reading import Chunk, Reader
 from export_worker.segments import Segments, WrittenPart, discard
 from export_worker.selection import select
 from export_worker.snapshot import HEAD, Plan
+from export_worker.survey import survey
 from shared.domain.checkpoint import Checkpoint, Range
 from shared.domain.errors import CountMismatch
 from shared.domain.export_params import ExportRequest
@@ -48,7 +49,7 @@ class Export:
             plan = await self._plan(claim, params)
         else:
             plan = Plan.model_validate(claim.task.plan)
-        form = formats.make(params.format, plan.columns, params.csv)
+        form = formats.make(params.format, plan.columns, params.csv, plan.digits)
         segments = Segments(claim, self._objects, form.content_type)
         await segments.take_up()
         reader = Reader(
@@ -75,6 +76,7 @@ class Export:
         async with self._database.connection() as connection:
             plan = await snapshot.take(connection, claim.task, params, part_bytes=self._part_bytes)
             await check_name(connection, claim.task.account_id, plan.file_name, overwrite=params.overwrite)
+        plan = await survey(self._database, params, plan)
 
         async def prepare(connection: Connection) -> None:
             await snapshot.pin(connection, claim.task, plan)
@@ -208,7 +210,7 @@ class ExportJob:
                     if chunk.encoded.detail is not None:
                         details.append(chunk.encoded.detail)
                     yield chunk
-        tail = self._format.tail(details)
+        tail = await self._format.tail(details)
         yield Chunk(self._plan.data_end, self._plan.end, 0, Encoded(tail))
 
     async def _commit(self) -> None:

@@ -55,9 +55,11 @@ class Reader:
 
     async def head(self) -> Chunk:
         """What the file begins with."""
-        copy = self._format.head()
-        answer = b"" if copy is None else (await self._copy(copy, None))[0]
-        return Chunk(0, HEAD, 0, await self._format.encode(answer) if answer else Encoded(b""))
+        head = self._format.head()
+        if isinstance(head, bytes):
+            return Chunk(0, HEAD, 0, Encoded(head))
+        answer, _ = await self._copy(head, None)
+        return Chunk(0, HEAD, 0, await self._format.encode(answer))
 
     async def chunks(self, position: int, rows: int | None) -> AsyncIterator[Chunk]:
         """All rows from `position` on, at most `rows` of them; the last chunk ends where the data ends."""
@@ -91,9 +93,9 @@ class Reader:
                 chunk = await reading
                 yield what, chunk
                 while chunk.end < what.end:
-                    what = what._replace(start=chunk.end)
-                    chunk = await self._read(what)
-                    yield what, chunk
+                    rest = what.after(chunk.end)
+                    chunk = await self._read(rest)
+                    yield rest, chunk
         finally:
             for _, reading in ahead:
                 reading.cancel()

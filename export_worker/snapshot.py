@@ -7,7 +7,7 @@ behind them for its tail. So a range of positions is a range of TIDs, and can be
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from export_worker.selection import check_values, utc
 from shared.adapters.catalog import LOADS_SCHEMA, Column, find_dataset
@@ -35,10 +35,15 @@ class ReadRange(NamedTuple):
         return f"({block},{place})"
 
     def half(self) -> "ReadRange":
-        """The first half; whole blocks, as long as there are several."""
-        middle = (self.start + self.end) // 2
-        whole = middle - (middle - self.base) % PLACES_PER_BLOCK
-        return self._replace(end=whole if whole > self.start else middle)
+        """The first half, cut at the roundest position inside: a multiple of the largest power of two."""
+        first, last = self.start - self.base, self.end - self.base - 1
+        unit = 1 << ((first ^ last).bit_length() - 1)
+        return self._replace(end=self.base + last - last % unit)
+
+    def after(self, position: int) -> "ReadRange":
+        """What to read at a cut: as much as was cut off there, whoever comes to it and whatever was read before."""
+        offset = position - self.base
+        return self._replace(start=position, end=min(self.end, position + (offset & -offset)))
 
 
 class _Frozen(BaseModel):
@@ -62,6 +67,9 @@ class Plan(_Frozen):
     rows_known: int | None
 
     types: dict[str, str]
+    digits: dict[str, tuple[int, int]] = Field(
+        default_factory=dict, description="Precision and scale of numeric columns, where the format asks for them."
+    )
 
     @property
     def data_end(self) -> int:
@@ -72,16 +80,18 @@ class Plan(_Frozen):
         return self.data_end + TAIL
 
     def ranges(self, position: int) -> Iterator[ReadRange]:
-        """What is read in one go, from `position` on, in order. The grid does not depend on where one starts."""
+        """What is read in one go, from `position` on, in order; the same wherever one starts."""
         base = HEAD
         for load in self.loads:
             end = base + load.blocks * PLACES_PER_BLOCK
             step = load.blocks_per_read * PLACES_PER_BLOCK
-            position = max(position, base)
-            while position < end:
-                stop = min(end, base + ((position - base) // step + 1) * step)
-                yield ReadRange(load.load_id, base, position, stop)
-                position = stop
+            while (position := max(position, base)) < end:
+                cell = (position - base) // step
+                what = ReadRange(load.load_id, base, base + cell * step, min(end, base + (cell + 1) * step))
+                if position > what.start:
+                    what = what.after(position)
+                yield what
+                position = what.end
             base = end
 
 

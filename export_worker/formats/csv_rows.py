@@ -25,9 +25,9 @@ class CsvRows:
     def content_type(self) -> str:
         return f"text/csv; charset=utf-8; header={'present' if self._output.header else 'absent'}"
 
-    def head(self) -> Copy | None:
+    def head(self) -> Copy | bytes:
         if not self._output.header:
-            return None
+            return b""
         names = [column.name for column in self._columns]
         if self._output.escape_formulas:
             names = [f"'{name}" if name.startswith(_FORMULA_STARTS) else name for name in names]
@@ -40,7 +40,7 @@ class CsvRows:
     async def encode(self, answer: bytes) -> Encoded:
         return Encoded(answer)
 
-    def tail(self, details: Sequence[Any]) -> bytes:
+    async def tail(self, details: Sequence[Any]) -> bytes:
         return b""
 
     def _force_quote(self) -> dict[str, Any]:

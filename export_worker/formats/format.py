@@ -30,8 +30,8 @@ class Format(Protocol):
     @property
     def content_type(self) -> str: ...
 
-    def head(self) -> Copy | None:
-        """What the file begins with, asked of the server; None for nothing."""
+    def head(self) -> Copy | bytes:
+        """What the file begins with: these bytes, or what the server answers, encoded."""
         ...
 
     def rows(self, source: str) -> Copy:
@@ -42,6 +42,6 @@ class Format(Protocol):
         """What a range's answer is in the file; heavy work belongs into a thread."""
         ...
 
-    def tail(self, details: Sequence[Any]) -> bytes:
+    async def tail(self, details: Sequence[Any]) -> bytes:
         """What closes the file, given the details of all that is in it, in order."""
         ...

@@ -21,7 +21,7 @@ class Gzipped:
     def __init__(self, inner: Format) -> None:
         self._inner = inner
 
-    def head(self) -> Copy | None:
+    def head(self) -> Copy | bytes:
         return self._inner.head()
 
     def rows(self, source: str) -> Copy:
@@ -33,9 +33,9 @@ class Gzipped:
             return encoded
         return Encoded(await asyncio.to_thread(_compressed, encoded.data), encoded.detail)
 
-    def tail(self, details: Sequence[Any]) -> bytes:
+    async def tail(self, details: Sequence[Any]) -> bytes:
         # Never nothing: a file without a member is not gzip.
-        return _compressed(self._inner.tail(details))
+        return _compressed(await self._inner.tail(details))
 
 
 def _compressed(data: bytes) -> bytes:

@@ -19,8 +19,8 @@ class JsonLines:
     def __init__(self, columns: Sequence[Column]) -> None:
         self._select = ", ".join(quoted(column.name) for column in columns)
 
-    def head(self) -> Copy | None:
-        return None
+    def head(self) -> bytes:
+        return b""
 
     def rows(self, source: str) -> Copy:
         return Copy(f"SELECT row_to_json(r)::text FROM (SELECT {self._select} {source}) r", _AS_IT_IS)  # noqa: S608 - made of quoted names
@@ -28,5 +28,5 @@ class JsonLines:
     async def encode(self, answer: bytes) -> Encoded:
         return Encoded(answer)
 
-    def tail(self, details: Sequence[Any]) -> bytes:
+    async def tail(self, details: Sequence[Any]) -> bytes:
         return b""

@@ -27,6 +27,8 @@ class ExportFormat(StrEnum):
     CSV_GZ = "csv.gz"
     JSONL = "jsonl"
     JSONL_GZ = "jsonl.gz"
+    PARQUET = "parquet"
+    XLSX = "xlsx"
 
 
 class Quoting(StrEnum):
@@ -50,7 +52,9 @@ class _Strict(BaseModel):
 
 
 _Text = Annotated[StrictStr, Field(pattern=r"^[^\x00]*$")]
-Value = StrictBool | StrictInt | StrictFloat | _Text
+_Integer = Annotated[StrictInt, Field(ge=-BIGINT_MAX - 1, le=BIGINT_MAX)]
+_Float = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Value = StrictBool | _Integer | _Float | _Text
 _Column = Annotated[str, Field(min_length=1)]
 
 

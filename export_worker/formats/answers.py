@@ -1,0 +1,61 @@
+"""PostgreSQL's CSV answers as Arrow tables with the types of the columns."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.csv
+
+from shared.adapters.catalog import Column
+from shared.domain.errors import InvalidData
+
+# How PostgreSQL is asked, so that NULL and the empty text differ.
+COPY_OPTIONS = {"format": "csv"}
+
+_TIMES = ("date", "timestamp", "timestamptz")
+_REFUSED = re.compile(r"In CSV column #(\d+).*?: ?CSV conversion error to .*?: (.*)", re.DOTALL)
+
+
+def table(answer: bytes, columns: Sequence[Column], types: Mapping[str, pa.DataType]) -> pa.Table:
+    """The rows of an answer; `types` names the columns that are more than text.
+
+    Raises InvalidData for a value that its type cannot hold, such as an infinite date.
+    """
+    names = [column.name for column in columns]
+    if not answer:
+        return pa.table({name: pa.array([], types.get(name, pa.string())) for name in names})
+    try:
+        return pa.csv.read_csv(
+            pa.BufferReader(answer),
+            # One block: a value may be as long as the answer.
+            pa.csv.ReadOptions(use_threads=False, block_size=len(answer) + 1, column_names=names),
+            pa.csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=False),
+            pa.csv.ConvertOptions(
+                column_types={name: types.get(name, pa.string()) for name in names},
+                null_values=[""],
+                true_values=["t"],
+                false_values=["f"],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise _refused(error, columns) from error
+
+
+def _refused(error: pa.ArrowInvalid, columns: Sequence[Column]) -> InvalidData:
+    found = _REFUSED.search(str(error))
+    if found is None:
+        return InvalidData(f"the rows cannot be written in this format: {error}")
+    column = columns[int(found[1])]
+    hint = "infinite times and years outside 1 to 9999 cannot be written in it; " if column.type in _TIMES else ""
+    return InvalidData(
+        f"column {column.name!r} ({column.type}): {found[2].strip()}; {hint}leave these rows out with a condition, or "
+        "export as csv or jsonl",
+        column=column.name,
+    )
+
+
+def each(values: pa.ChunkedArray, convert: Callable[[str], object], type_: pa.DataType) -> pa.Array:
+    """A column of texts as another type, for what Arrow's CSV reader has no converter."""
+    return pa.array([None if value is None else convert(value) for value in values.to_pylist()], type_)
