@@ -69,11 +69,11 @@ class ImportBench:
 
     async def run(self, pairs: int, large: Path | None) -> dict[str, Any]:
         reference = await self._warm_up()
-        copies, imports = await self._pairs(pairs)
+        copies, imports, paused = await self._pairs(pairs, reference)
         peak_mb = self._system.peak_worker_bytes() / MB
-        plain = statistics.median(timed.running_seconds for timed in imports)
-        paused = await self._with_pauses(reference)
-        slower = paused.running_seconds / plain
+        slower = statistics.median(
+            slow.running_seconds / plain.running_seconds for slow, plain in zip(paused, imports, strict=True)
+        )
         killed = await self._with_kills(reference)
         seconds = statistics.median(timed.seconds for timed in imports)
         ratio = statistics.median(copy / one.seconds for copy, one in zip(copies, imports, strict=True))
@@ -123,20 +123,35 @@ class ImportBench:
         _demand(imported, reference, "the warm-up")
         return reference
 
-    async def _pairs(self, pairs: int) -> tuple[list[float], list[Timed]]:
-        copies, imports = [], []
-        for number in range(pairs):
-            for baseline in (True, False) if number % 2 == 0 else (False, True):
+    async def _pairs(self, pairs: int, reference: Content) -> tuple[list[float], list[Timed], list[Timed]]:
+        """Baseline, import and import with pauses, in turn and in changing order."""
+        copies: list[float] = []
+        imports: list[Timed] = []
+        paused: list[Timed] = []
+
+        async def baseline() -> None:
+            copies.append(await self._copy())
+
+        async def plain() -> None:
+            dataset, timed = await self._import()
+            imports.append(timed)
+            await self._system.drop(dataset)
+
+        async def with_pauses() -> None:
+            paused.append(await self._with_pauses(reference))
+
+        order = [baseline, plain, with_pauses]
+        for number in range(1, pairs + 1):
+            for measure in order:
                 await self._system.settle()
-                if baseline:
-                    copies.append(await self._copy())
-                else:
-                    dataset, timed = await self._import()
-                    imports.append(timed)
-                    await self._system.drop(dataset)
-            ratio = copies[-1] / imports[-1].seconds
-            say(f"pair {number + 1}: \\copy {copies[-1]:.2f} s, import {imports[-1].seconds:.2f} s, ratio {ratio:.2f}")
-        return copies, imports
+                await measure()
+            order.reverse()
+            copy, one, slow = copies[-1], imports[-1].seconds, paused[-1].running_seconds
+            say(
+                f"pair {number}: \\copy {copy:.2f} s, import {one:.2f} s, ratio {copy / one:.2f}; "
+                f"with {PAUSES} pauses {slow:.2f} s of running"
+            )
+        return copies, imports, paused
 
     async def _copy(self, *, drop: bool = True) -> float:
         database = self._system.database
@@ -160,7 +175,6 @@ class ImportBench:
         return dataset, Timed(time.perf_counter() - begun, row.running_seconds)
 
     async def _with_pauses(self, reference: Content) -> Timed:
-        await self._system.settle()
         dataset = self._next_dataset()
         begun = time.perf_counter()
         task_id = await self._system.start_import(self._file_id, dataset)

@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     # --- tasks
     slots: PositiveInt = Field(default=2, description="tasks that one worker process runs side by side")
     lanes: PositiveInt = Field(default=3, description="batch pipelines of one task")
-    batch_bytes: PositiveInt = 4 * MIB
+    batch_bytes: PositiveInt = 2 * MIB
     part_bytes: PositiveInt = Field(default=8 * MIB, description="S3 multipart part; S3 asks for 5 MiB at least")
     slice_seconds: PositiveFloat = 300.0
     lease_seconds: PositiveFloat = 10.0
