@@ -6,11 +6,11 @@ import json
 import sys
 from collections.abc import Sequence
 
-from bench import control, imports
+from bench import control, exports, imports
 from bench.report import say
 from sluice.stack import StackError
 
-BENCHES = {"import": imports, "control": control}
+BENCHES = {"import": imports, "export": exports, "control": control}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

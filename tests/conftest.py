@@ -1,7 +1,7 @@
 """Fixtures that every test may ask for: servers, settings of its own on them, and service processes."""
 
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
@@ -85,6 +85,12 @@ def private_stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
         show_logs_of_a_failure(stack, request)
     finally:
         stack.purge()
+
+
+@pytest.fixture
+def shows_logs(request: pytest.FixtureRequest) -> Callable[[Stack], None]:
+    """Shows the logs of a stack that several tests use, if this one has failed; call it at the end."""
+    return lambda stack: show_logs_of_a_failure(stack, request)
 
 
 def show_logs_of_a_failure(stack: Stack, request: pytest.FixtureRequest) -> None:

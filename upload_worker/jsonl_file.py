@@ -41,7 +41,7 @@ class JsonlFormat:
         start = len(_BYTE_ORDER_MARK) if head.startswith(_BYTE_ORDER_MARK) else 0
         lines = _lines(head[start:], whole)
         objects, fault = await asyncio.to_thread(_objects, lines)
-        if not objects:
+        if not objects and not params.columns:
             raise InvalidData(f"The file has no line that is a JSON object{fault}.")
         if not whole:
             objects += await self._far_objects(source, len(head))
@@ -51,7 +51,7 @@ class JsonlFormat:
             notes=notes,
             compression=compression,
             data_start=start,
-            record_bytes=sum(len(line) + 1 for line in lines) / len(lines),
+            record_bytes=sum(len(line) + 1 for line in lines) / max(1, len(lines)),
         )
 
     @staticmethod

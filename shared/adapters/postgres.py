@@ -4,10 +4,12 @@ Considerations
 - A broken connection in the middle of COMMIT leaves it unknown whether the transaction was committed. Callers must
   then read the truth again before they go on: DatabaseUnavailable ends a claim, and the next claim reads the row.
 - `synchronous_commit` stays on, except in transactions that switch it off for themselves (see the runner's batches).
-- Cancelling a COPY makes asyncpg send a cancel request; the connection is given back only when the server has
-  answered, so a cancelled batch holds no lock afterwards.
+- Cancelling a COPY FROM makes asyncpg send a cancel request; the connection is given back only when the server has
+  answered, so a cancelled batch holds no lock afterwards. A cancelled COPY TO closes its connection: when the cancel
+  meets data that has just come, asyncpg (0.32) forgets to tell the server, and the connection is of no more use.
 """
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -99,6 +101,7 @@ class PgConnection:
 
     def __init__(self, raw: "asyncpg.Connection[Any]") -> None:
         self._raw = raw
+        self._ended = False
 
     async def execute(self, sql: str, *args: object) -> str:
         with translated():
@@ -124,9 +127,12 @@ class PgConnection:
         try:
             yield
         except BaseException:
-            if not self._raw.is_closed():
-                with translated():
-                    await transaction.rollback()
+            if not self._ended and not self._raw.is_closed():
+                try:
+                    with translated():
+                        await transaction.rollback()
+                except DatabaseUnavailable:  # must not hide what led here, a cancel least of all
+                    self._end()
             raise
         with translated():
             await transaction.commit()
@@ -144,7 +150,11 @@ class PgConnection:
         self, query: str, *args: object, sink: Callable[[bytes], Coroutine[Any, Any, None]], **options: Any
     ) -> int:
         with translated():
-            status = await self._raw.copy_from_query(query, *args, output=sink, **options)
+            try:
+                status = await self._raw.copy_from_query(query, *args, output=sink, **options)
+            except asyncio.CancelledError:
+                self._end()
+                raise
         return int(status.rpartition(" ")[2])
 
     async def copy_records(
@@ -152,6 +162,11 @@ class PgConnection:
     ) -> None:
         with translated():
             await self._raw.copy_records_to_table(table, schema_name=schema, columns=list(columns), records=records)
+
+    def _end(self) -> None:
+        """Close it at once; the pool gives out another one."""
+        self._ended = True
+        self._raw.terminate()
 
     @property
     def backend_pid(self) -> int:

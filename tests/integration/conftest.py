@@ -9,6 +9,7 @@ import pytest
 from shared.adapters.objects import S3ObjectStore
 from shared.adapters.postgres import PgDatabase
 from shared.config import Settings
+from shared.ports.objects import MIN_PART_BYTES
 from sluice.stack import Stack
 from tests.faults.scene import Scene, open_scene
 from tests.gateway_process import Client, running_gateway
@@ -79,6 +80,41 @@ async def importers(shared_stack: Stack, template: str) -> AsyncIterator[Scene]:
                 yield scene
         finally:
             await asyncio.to_thread(services.purge)
+
+
+@pytest.fixture(scope="session")
+async def exporters(shared_stack: Stack, template: str) -> AsyncIterator[Scene]:
+    """A control service and an export worker with the smallest parts that S3 allows, for all tests that export."""
+    servers = shared_stack.environment()
+    async with (
+        own_database(servers["SLUICE_POSTGRES_DSN"], template) as dsn,
+        own_vhost(servers["SLUICE_AMQP_URL"], servers["SLUICE_RABBITMQ_MANAGEMENT_URL"]) as amqp_url,
+    ):
+        environment = {
+            **servers,
+            "SLUICE_POSTGRES_DSN": dsn,
+            "SLUICE_AMQP_URL": amqp_url,
+            "SLUICE_S3_PREFIX": f"{uuid.uuid4().hex}/",
+            "SLUICE_PART_BYTES": str(MIN_PART_BYTES),
+            "SLUICE_SLOTS": "4",
+            "SLUICE_RETRY_BACKOFF_SECONDS": "0.05",
+        }
+        services = Stack.temporary(given=environment)
+        try:
+            services.start()
+            spawned = [*services.spawn("control"), *services.spawn("export-worker")]
+            for service in spawned:
+                await asyncio.to_thread(service.wait_ready)
+            async with open_scene(environment, lock_seconds=5) as scene:
+                yield scene
+        finally:
+            await asyncio.to_thread(services.purge)
+
+
+@pytest.fixture
+async def exporting(exporters: Scene) -> Scene:
+    """An account of the test's own, on services that take its exports."""
+    return await exporters.another_account()
 
 
 @pytest.fixture

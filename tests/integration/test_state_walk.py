@@ -266,7 +266,7 @@ def test_the_store_walks_as_the_design_says(database_dsn: str) -> None:
             run_state_machine_as_test(
                 lambda: StoreWalk(runner.run, database, store, account),  # type: ignore[arg-type]
                 settings=settings(
-                    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+                    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
                 ),
             )
         finally:

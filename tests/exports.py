@@ -1,0 +1,123 @@
+"""Datasets made without an import, exports of them, and PostgreSQL's own COPY as the reference."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shared.adapters.catalog import Column, FinishedLoad, create_stage, publish_load
+from shared.adapters.postgres import quoted
+from shared.domain.export_params import ExportRequest
+from shared.domain.task import ENDED, Kind, LoadId, Task, TaskId, TaskState
+from shared.ports.tasks import NewTask
+from tests.faults.scene import Scene
+
+
+async def add_load(
+    scene: Scene, columns: Mapping[str, str], rows: str, dataset: str = "data", *, mode: str | None = None
+) -> LoadId:
+    """Make a load of what the SQL `rows` selects; the first one of a dataset creates it."""
+    names = ", ".join(quoted(name) for name in columns)
+    made = tuple(Column(name, kind) for name, kind in columns.items())
+    async with scene.database.transaction() as connection:
+        load_id = LoadId(
+            await connection.fetchval(
+                "INSERT INTO sluice.tasks (account_id, kind, state, params) VALUES ($1, 'import', 'succeeded', '{}')"
+                " RETURNING task_id",
+                scene.account_id,
+            )
+        )
+        await create_stage(connection, load_id, made)
+        if mode is None:
+            there = "SELECT true FROM sluice.datasets WHERE account_id = $1 AND name = $2"
+            mode = "append" if await connection.fetchval(there, scene.account_id, dataset) else "create"
+        status = await connection.execute(f"INSERT INTO sluice_loads.load_{load_id} ({names}) {rows}")
+        count = int(status.split()[2])
+        load = FinishedLoad(load_id, scene.account_id, count, 0, count * 100, made, None, None)
+        await publish_load(connection, load, dataset, mode=mode, evolve=mode == "append", lock_seconds=5)
+    return load_id
+
+
+async def add_numbers(scene: Scene, rows: int, *, width: int = 200, dataset: str = "data") -> LoadId:
+    """A load of `rows` rows of a little more than `width` bytes."""
+    return await add_load(
+        scene,
+        {"n": "bigint", "filling": "text"},
+        f"SELECT n, n || repeat('x', {width}) FROM generate_series(1, {rows}) n",
+        dataset,
+    )
+
+
+async def begin_export(scene: Scene, dataset: str = "data", **params: Any) -> TaskId:
+    """Ask for an export, as the gateway would."""
+    rate = params.pop("max_bytes_per_second", None)
+    request = ExportRequest.model_validate({"kind": "export", "dataset": dataset, **params})
+    new = NewTask(scene.account_id, Kind.EXPORT, request.model_dump(mode="json"), max_bytes_per_second=rate)
+    task, _ = await scene.store.create(new, actor="test")
+    return task.task_id
+
+
+async def export(scene: Scene, dataset: str = "data", **params: Any) -> Task:
+    """Export and wait for success."""
+    return await succeeded(scene, await begin_export(scene, dataset, **params))
+
+
+async def succeeded(scene: Scene, task_id: TaskId) -> Task:
+    """Wait for the end, which must be success and leave nothing but the file."""
+    task = await scene.until(task_id, *ENDED)
+    assert task.state is TaskState.SUCCEEDED, (task.error, await scene.events(task_id))
+    assert await leftovers(scene, task_id) == {}
+    return task
+
+
+async def export_fails(scene: Scene, dataset: str = "data", **params: Any) -> str:
+    """Export; it must fail. Answers what the user is told."""
+    task = await scene.until(await begin_export(scene, dataset, **params), *ENDED)
+    assert task.state is TaskState.FAILED, (task.state, task.result)
+    assert task.error is not None
+    return str(task.error["detail"])
+
+
+async def content(scene: Scene, task: Task) -> bytes:
+    """The bytes of the file that an export made."""
+    assert task.result is not None
+    rows = await scene.fetch(
+        "SELECT object_key, bytes FROM sluice.files WHERE file_id = $1 AND account_id = $2 AND deleted_at IS NULL",
+        task.result["file_id"],
+        scene.account_id,
+    )
+    body = b"".join([chunk async for chunk in scene.objects.read(rows[0]["object_key"])])
+    assert len(body) == rows[0]["bytes"] == task.result["bytes"] == task.bytes_done == task.bytes_total
+    assert task.result["rows"] == task.rows_done == task.rows_total
+    return body
+
+
+async def reference(
+    scene: Scene, loads: Sequence[LoadId], columns: Sequence[str], where: str = "true", **options: Any
+) -> bytes:
+    """What COPY writes of these loads, one after the other, each in the order of its rows."""
+    pieces: list[bytes] = []
+
+    async def keep(piece: bytes) -> None:
+        pieces.append(piece)
+
+    names = ", ".join(quoted(name) for name in columns)
+    options = {"format": "csv", "header": True, **options}
+    async with scene.database.transaction() as connection:
+        await connection.execute("SET LOCAL TimeZone = 'UTC'")
+        for number, load_id in enumerate(loads):
+            if number:
+                options["header"] = False
+            query = f"SELECT {names} FROM sluice_loads.load_{load_id} WHERE {where} ORDER BY ctid"
+            await connection.copy_out(query, sink=keep, **options)
+    return b"".join(pieces)
+
+
+async def leftovers(scene: Scene, task_id: TaskId) -> dict[str, int]:
+    """What there is of a task besides its row and its file: pins, ledger and part rows, uploads, objects."""
+    prefix = f"exports/{task_id}/"
+    found = await scene.leftovers(task_id)
+    found.pop("uploads", None)  # of all tasks
+    found["parts"] = await scene.value("SELECT count(*) FROM sluice.export_parts WHERE task_id = $1", task_id)
+    found["exports"] = len([upload async for upload in scene.objects.list_uploads(prefix)])
+    files = {row["object_key"] for row in await scene.fetch("SELECT object_key FROM sluice.files")}
+    found["objects"] = len([each async for each in scene.objects.list_objects(prefix) if each.key not in files])
+    return {what: count for what, count in found.items() if count}
