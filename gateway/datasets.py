@@ -1,18 +1,22 @@
 """Datasets and their loads in PostgreSQL, and a first look at their rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from shared.adapters.catalog import data_schema
 from shared.adapters.postgres import quoted
-from shared.domain.errors import NotFound
+from shared.domain.errors import NotFound, TooLarge
 from shared.domain.task import AccountId
 from shared.ports.database import Database
 
 PREVIEW_MILLISECONDS = 5000
 PREVIEW_BYTES = 8 * 1024 * 1024
+# What one request may stream; more is work for an export task, which can be paused and resumed.
+STREAM_ROWS = 100_000
+STREAM_MILLISECONDS = 30_000
+StreamForm = Literal["csv", "jsonl"]
 MOST_LOADS_SHOWN = 1000
 
 
@@ -123,3 +127,30 @@ class Datasets:
                 PREVIEW_BYTES,
             )
         return [row["row"] for row in rows]
+
+    async def stream(
+        self, dataset: Dataset, form: StreamForm, sink: Callable[[bytes], Coroutine[Any, Any, None]]
+    ) -> int:
+        """All rows to `sink`, as PostgreSQL writes them; answers how many.
+
+        Raises TooLarge before the first piece when there are more than `STREAM_ROWS`, and StatementTimeout.
+        """
+        if dataset.rows > STREAM_ROWS:
+            raise TooLarge(
+                f"the dataset has {dataset.rows:,} rows, and up to {STREAM_ROWS:,} are streamed; "
+                'make an export task of it: POST /v1/tasks {"kind": "export", ...}',
+                rows=dataset.rows,
+                max_rows=STREAM_ROWS,
+            )
+        columns = ", ".join(quoted(column["name"]) for column in dataset.columns)
+        source = f"SELECT {columns} FROM {quoted(dataset.schema)}.{quoted(dataset.name)}"  # noqa: S608 - quoted names
+        async with self._database.transaction() as connection:
+            await connection.execute(
+                "SELECT set_config('statement_timeout', $1, true), set_config('transaction_read_only', 'on', true)",
+                str(STREAM_MILLISECONDS),
+            )
+            if form == "csv":
+                return await connection.copy_out(source, sink=sink, format="csv", header=True)
+            # JSON has no raw control characters, so that nothing is ever quoted.
+            rows = f"SELECT row_to_json(r)::text FROM ({source}) r"  # noqa: S608 - made of quoted names
+            return await connection.copy_out(rows, sink=sink, format="csv", delimiter="\x02", quote="\x01")

@@ -96,6 +96,10 @@ def _data_error(error: asyncpg.PostgresError) -> Exception:
     return InvalidData(message, sqlstate=error.sqlstate)
 
 
+class _SinkFailed(Exception):
+    """What took the bytes of a COPY failed; the cause says how."""
+
+
 class PgConnection:
     """An asyncpg connection behind the `Connection` port."""
 
@@ -149,12 +153,21 @@ class PgConnection:
     async def copy_out(
         self, query: str, *args: object, sink: Callable[[bytes], Coroutine[Any, Any, None]], **options: Any
     ) -> int:
-        with translated():
+        async def hand_over(piece: bytes) -> None:
             try:
-                status = await self._raw.copy_from_query(query, *args, output=sink, **options)
-            except asyncio.CancelledError:
-                self._end()
-                raise
+                await sink(piece)
+            except Exception as error:
+                raise _SinkFailed from error
+
+        try:
+            with translated():
+                status = await self._raw.copy_from_query(query, *args, output=hand_over, **options)
+        except asyncio.CancelledError:
+            self._end()
+            raise
+        except _SinkFailed as failed:
+            # A client that went away is no fault of the server's, though both are an OSError.
+            raise failed.__cause__ or failed from None
         return int(status.rpartition(" ")[2])
 
     async def copy_records(

@@ -79,3 +79,38 @@ async def test_the_dataset_of_another_is_not_there(prices: Client, bob: Client) 
         answer = await bob.ask(method, f"/v1/datasets/prices{path}")
         assert (answer.status, answer.code) == (404, "not-found")
     assert (await prices.get("/v1/datasets/prices")).json["rows"] == 4
+
+
+async def test_a_small_dataset_is_streamed_as_csv_and_as_json_lines(prices: Client) -> None:
+    answer = await prices.get("/v1/datasets/prices/export")
+    assert answer.headers["Content-Type"] == "text/csv; charset=utf-8"
+    assert answer.headers["Content-Disposition"].startswith("attachment")
+    head, *rows = answer.body.decode().splitlines()
+    assert head == "id,The Price,note"
+    expected = ["1,0.10,a", "2,,ä", "9223372036854775807,12345678901234567890.12345,", "4,NaN,x"]
+    assert sorted(rows) == sorted(expected)
+    lines = (await prices.get("/v1/datasets/prices/export?format=jsonl")).body.splitlines()
+    assert b'{"id":9223372036854775807,"The Price":12345678901234567890.12345,"note":null}' in lines
+    assert len(lines) == 4
+
+
+async def test_an_empty_dataset_streams_its_head(alice: Client, database: PgDatabase) -> None:
+    await with_load(database, "alice", "none", 30, "(1, 1, 'x')", mode="create")
+    await alice.delete("/v1/datasets/none/loads/30")
+    assert (await alice.get("/v1/datasets/none/export")).body == b"id,The Price,note\n"
+    assert (await alice.get("/v1/datasets/none/export?format=jsonl")).body == b""
+
+
+async def test_a_large_dataset_is_not_streamed_but_pointed_to_export_tasks(
+    prices: Client, database: PgDatabase
+) -> None:
+    async with database.connection() as connection:
+        await connection.execute("UPDATE sluice.loads SET rows = 100001 WHERE load_id = 11")
+    answer = await prices.get("/v1/datasets/prices/export")
+    assert (answer.status, answer.code) == (413, "too-large")
+    assert "export" in answer.json["detail"]
+
+
+async def test_nobody_streams_the_dataset_of_another(prices: Client, bob: Client) -> None:
+    assert (await bob.get("/v1/datasets/prices/export")).status == 404
+    assert (await prices.get("/v1/datasets/prices/export?format=xml")).status == 422
