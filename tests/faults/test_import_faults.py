@@ -23,7 +23,8 @@ BATCH_BYTES = int(QUICK["SLUICE_BATCH_BYTES"])
 LANES = 3
 # What one claim may have sent and not committed: a batch in each lane.
 IN_FLIGHT_ROWS = LANES * (BATCH_BYTES // ROW_BYTES + 2)
-MAX_ATTEMPTS = 4
+# With the short back-off of QUICK: about six seconds for a restarted store to find itself again.
+MAX_ATTEMPTS = 8
 SLOWLY = 2_000_000  # bytes per second: about two seconds for BODY, in which things can happen
 
 
