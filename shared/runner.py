@@ -6,7 +6,9 @@ Considerations
 - When a lane was cancelled or a commit failed, nobody knows whether its last commit counts. The memory is then thrown
   away: the task is given back, and the next claim reads the row.
 - Batches commit with `synchronous_commit` off. A crash of PostgreSQL itself may lose the last of them, rows and
-  checkpoint together; they are done again. The transition that ends the task commits synchronously, after them all.
+  checkpoint together; they are done again. A worker that did not notice the crash would build on what is gone: so
+  each commit, and the end, says which checkpoint it saw. The transition that ends the task commits synchronously,
+  after them all.
 """
 
 import asyncio
@@ -79,15 +81,15 @@ class RunnerClaim:
                 if cursor is not None:
                     checkpoint = replace(checkpoint, cursor=cursor)
                 standing = await self._store.commit_batch(
-                    connection, self.task.task_id, self.task.epoch, checkpoint, progress
+                    connection, self.task.task_id, self.task.epoch, checkpoint, progress, saw=self.checkpoint
                 )
             self.checkpoint = checkpoint
             self.look(standing)
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Connection]:
-        async with self._database.transaction() as connection:
-            self.look(await self._store.hold(connection, self.task.task_id, self.task.epoch))
+        async with self._committing, self._database.transaction() as connection:
+            self.look(await self._store.hold(connection, self.task.task_id, self.task.epoch, saw=self.checkpoint))
             yield connection
 
     async def go_back(
@@ -266,7 +268,10 @@ class Runner:
             while True:
                 if await self._pump(job, claim, signal, slice_end):
                     await job.finish()
-                    if await self._store.succeed(task.task_id, task.epoch, job.publish, actor=self._worker) is None:
+                    ended = await self._store.succeed(
+                        task.task_id, task.epoch, job.publish, actor=self._worker, saw=claim.checkpoint
+                    )
+                    if ended is None:
                         raise Fenced("aborted or taken before it could be published")
                     log.info("succeeded")
                     return

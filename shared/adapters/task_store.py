@@ -5,7 +5,8 @@ Considerations
   In the same transaction it writes its audit row and its outbox rows, so that nothing happens without being told.
 - Claims raise the epoch. Whoever holds an older one is fenced: its batches roll back with their rows.
 - A batch commits with `synchronous_commit` off (see the runner): a crash of the server itself may lose the last
-  batches, but rows and checkpoint together. Transitions commit synchronously, and with that all before them.
+  batches, but rows and checkpoint together. Transitions commit synchronously, and with that all before them. A worker
+  that lived on must not build on batches that the server forgot: what it commits names the checkpoint that it `saw`.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from shared.domain.checkpoint import Checkpoint
-from shared.domain.errors import Conflict, Fenced, NoProgress, SluiceError
+from shared.domain.errors import CheckpointLost, Conflict, Fenced, NoProgress, SluiceError
 from shared.domain.messages import (
     BROADCAST_EXCHANGE,
     COMMANDS_EXCHANGE,
@@ -137,7 +138,7 @@ RETURNING state, max_bytes_per_second
 """
 
 _HOLD = """
-SELECT state, max_bytes_per_second FROM sluice.tasks
+SELECT state, max_bytes_per_second, coalesce(checkpoint -> 'done', '[]') AS done FROM sluice.tasks
 WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing') FOR NO KEY UPDATE
 """
 
@@ -160,6 +161,7 @@ UPDATE sluice.tasks SET checkpoint = $3, bytes_done = bytes_done + $4, rows_done
     rejects = rejects + $6, bytes_total = coalesce($7, bytes_total), rows_total = coalesce($8, rows_total),
     attempts = 0, lease_until = now() + make_interval(secs => $9), updated_at = now()
 WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')
+    AND ($10::jsonb IS NULL OR coalesce(checkpoint -> 'done', '[]') = $10)
 RETURNING state, max_bytes_per_second,
     set_config('idle_in_transaction_session_timeout', ceil($9::float8 * 1000)::bigint || 'ms', true)
 """
@@ -298,8 +300,14 @@ class PgTaskStore:
             row = await connection.fetchrow(_HEARTBEAT, task_id, epoch, self._policy.lease_seconds)
         return _standing(row, task_id, epoch)
 
-    async def hold(self, connection: Connection, task_id: TaskId, epoch: Epoch) -> Standing:
-        return _standing(await connection.fetchrow(_HOLD, task_id, epoch), task_id, epoch)
+    async def hold(
+        self, connection: Connection, task_id: TaskId, epoch: Epoch, *, saw: Checkpoint | None = None
+    ) -> Standing:
+        row = await connection.fetchrow(_HOLD, task_id, epoch)
+        standing = _standing(row, task_id, epoch)
+        if saw is not None and row is not None and row["done"] != saw.done_as_json():
+            raise CheckpointLost(f"PostgreSQL has another checkpoint of task {task_id} than its worker saw committed")
+        return standing
 
     async def go_back(
         self, connection: Connection, task_id: TaskId, epoch: Epoch, checkpoint: Checkpoint, lost: Progress
@@ -330,6 +338,8 @@ class PgTaskStore:
         epoch: Epoch,
         checkpoint: Checkpoint,
         progress: Progress,
+        *,
+        saw: Checkpoint | None = None,
     ) -> Standing:
         row = await connection.fetchrow(
             _COMMIT_BATCH,
@@ -342,7 +352,10 @@ class PgTaskStore:
             progress.bytes_total,
             progress.rows_total,
             self._policy.lease_seconds,
+            None if saw is None else saw.done_as_json(),
         )
+        if row is None:
+            await self.hold(connection, task_id, epoch, saw=saw)
         return _standing(row, task_id, epoch)
 
     async def move(
@@ -399,15 +412,13 @@ class PgTaskStore:
         publish: Callable[[Connection], Awaitable[dict[str, Any]]],
         *,
         actor: str,
+        saw: Checkpoint | None = None,
     ) -> Task | None:
         async with self._outbox.transaction(self._database) as (connection, post):
             # Take the row first: an abort that comes now waits, and is then refused, because this has succeeded.
-            if not await connection.fetchval(
-                "SELECT true FROM sluice.tasks WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')"
-                " FOR UPDATE",
-                task_id,
-                epoch,
-            ):
+            try:
+                await self.hold(connection, task_id, epoch, saw=saw)
+            except Fenced:
                 return None
             result = await publish(connection)
             return await self._move(connection, post, task_id, Trigger.SUCCEED, actor=actor, epoch=epoch, result=result)

@@ -67,8 +67,11 @@ class Checkpoint:
     def positions(self) -> int:
         return sum(r.end - r.start for r in self.done)
 
+    def done_as_json(self) -> list[list[int]]:
+        return [list(r) for r in self.done]
+
     def as_json(self) -> dict[str, Any]:
-        return {"done": [list(r) for r in self.done], "cursor": self.cursor}
+        return {"done": self.done_as_json(), "cursor": self.cursor}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Checkpoint":

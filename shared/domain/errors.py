@@ -189,6 +189,12 @@ class StoreUnavailable(Retryable):
     code = "store-unavailable"
 
 
+class CheckpointLost(Retryable):
+    """PostgreSQL crashed and forgot the last batches of a worker that lived on; they are done again."""
+
+    code = "checkpoint-lost"
+
+
 class UploadLost(Retryable):
     """The store has no longer what a task had sent of an object; that much is done again."""
 

@@ -72,8 +72,10 @@ class TaskStore(Protocol):
         """Extend the lease and look at the controls. Raises Fenced."""
         ...
 
-    async def hold(self, connection: Connection, task_id: TaskId, epoch: Epoch) -> Standing:
-        """Lock the row for the rest of the transaction. Raises Fenced."""
+    async def hold(
+        self, connection: Connection, task_id: TaskId, epoch: Epoch, *, saw: Checkpoint | None = None
+    ) -> Standing:
+        """Lock the row for the rest of the transaction. Raises Fenced, and CheckpointLost when it is not as `saw`."""
         ...
 
     async def go_back(
@@ -102,8 +104,14 @@ class TaskStore(Protocol):
         epoch: Epoch,
         checkpoint: Checkpoint,
         progress: Progress,
+        *,
+        saw: Checkpoint | None = None,
     ) -> Standing:
-        """Write the checkpoint inside the batch's transaction. Raises Fenced: then nothing of the batch may commit."""
+        """Write the checkpoint inside the batch's transaction. `saw` is the one that it builds on.
+
+        Raises Fenced, or CheckpointLost when PostgreSQL has another one than `saw`: then nothing of the batch may
+        commit.
+        """
         ...
 
     async def move(
@@ -139,8 +147,12 @@ class TaskStore(Protocol):
         publish: Callable[[Connection], Awaitable[dict[str, Any]]],
         *,
         actor: str,
+        saw: Checkpoint | None = None,
     ) -> Task | None:
-        """Publish the result and end the task in one transaction. None: fenced or aborted, and nothing is published."""
+        """Publish the result and end the task in one transaction. None: fenced or aborted, and nothing is published.
+
+        Raises CheckpointLost when the row's checkpoint is not as `saw`.
+        """
         ...
 
     async def rolled_back(
