@@ -1,6 +1,7 @@
 """Pause, resume and abort: the one place where a user's wish moves a task."""
 
 import asyncio
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -15,7 +16,7 @@ from shared.domain.messages import (
     ResumeTask,
     decode,
 )
-from shared.domain.task import allowed_commands, answer
+from shared.domain.task import TaskId, allowed_commands, answer
 from shared.ports.tasks import TaskStore
 
 log = structlog.get_logger()
@@ -29,11 +30,17 @@ class CommandHandler:
     def __init__(self, store: TaskStore, bus: RabbitBus) -> None:
         self._store = store
         self._bus = bus
+        # Commands to one task are applied in the order in which they came: the last wish counts.
+        self._turns: WeakValueDictionary[TaskId, asyncio.Lock] = WeakValueDictionary()
 
     async def __call__(self, delivery: Delivery) -> None:
         """Apply one command, answer it from the truth, and acknowledge it. Raises InvalidMessage."""
         message = decode(delivery.body, PauseTask, ResumeTask, AbortTask)
-        reply = await self._applied(message)
+        turn = self._turns.get(message.task_id)
+        if turn is None:
+            self._turns[message.task_id] = turn = asyncio.Lock()
+        async with turn:
+            reply = await self._applied(message)
         log.info(
             "command", type=type(message).__name__, task_id=message.task_id, actor=message.actor, status=reply.status
         )

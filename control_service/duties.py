@@ -23,4 +23,7 @@ async def every(
                     await duty()
         except SluiceError as error:
             log.warning("a duty will be tried again", duty=name, error=error.detail, code=error.code)
+        except Exception as error:
+            # Commands must go on being obeyed, whatever one duty stumbles over.
+            log.error("a duty met an unexpected error", duty=name, exc_info=error)
         await asyncio.sleep(seconds)

@@ -12,6 +12,8 @@ ACTOR = "control"
 SCHEDULE = "schedule"
 # A hint that was sent and is in no queue is with a worker, or lost. Give a worker this long to claim.
 HINT_SECONDS = 5.0
+# A queue that is never empty may hide a lost hint: then a task is announced again after this long, needed or not.
+BUSY_HINT_SECONDS = 600.0
 
 
 class Reaper:
@@ -30,5 +32,6 @@ class Reaper:
         names = work | {rollback_queue(name) for name in work}
         # A queue that still holds messages will get to its tasks; only an empty one can have lost a hint.
         empty = {name for name in names if await self._bus.ready_messages(name) == 0}
-        for task in await self._store.announce_overdue(older_than_seconds=HINT_SECONDS, queues=empty):
-            log.warning("announced again: its hint was lost", task_id=task.task_id, state=task.state)
+        for queues, seconds in ((empty, HINT_SECONDS), (names - empty, BUSY_HINT_SECONDS)):
+            for task in await self._store.announce_overdue(older_than_seconds=seconds, queues=queues):
+                log.warning("announced again: its hint may be lost", task_id=task.task_id, state=task.state)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import structlog
 
 from shared.adapters.catalog import LOADS_SCHEMA, PgCatalog, drop_load_table
+from shared.domain.errors import SluiceError
 from shared.domain.task import LoadId
 from shared.ports.database import Database
 from shared.ports.objects import ObjectStore
@@ -59,12 +60,18 @@ class Sweeper:
         self._orphan_age = timedelta(seconds=orphan_age_seconds)
 
     async def __call__(self) -> None:
-        await self._catalog.purge()
-        await self._orphan_tables()
-        await self._deleted_files()
-        await self._ledger()
-        await self._unknown_uploads()
-        await self._unknown_objects()
+        for step in (
+            self._catalog.purge,
+            self._orphan_tables,
+            self._deleted_files,
+            self._ledger,
+            self._unknown_uploads,
+            self._unknown_objects,
+        ):
+            try:
+                await step()
+            except SluiceError as error:
+                log.warning("a step of the sweep will be tried again", step=step.__name__, error=error.detail)
 
     async def _orphan_tables(self) -> None:
         async with self._database.connection() as connection:

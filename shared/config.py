@@ -1,7 +1,5 @@
 """Every setting of every service, read once from the environment by each `main.py`."""
 
-from pathlib import Path
-
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -58,4 +56,3 @@ class Settings(BaseSettings):
     drain_seconds: PositiveFloat = 20.0
     log_level: str = "info"
     log_format: str = Field(default="json", pattern="^(json|console)$")
-    spool_dir: Path | None = None

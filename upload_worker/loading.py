@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from shared.adapters.catalog import LOADS_SCHEMA, load_table
-from shared.domain.errors import BadRecord, CountMismatch
+from shared.domain.errors import DETAIL_CHARACTERS, BadRecord, CountMismatch, storable
 from shared.domain.task import LoadId, TaskId
 from shared.ports.database import Connection
 
@@ -124,7 +124,16 @@ async def keep_rejects(connection: Connection, task_id: TaskId, rejects: Sequenc
         "sluice",
         "rejects",
         ["task_id", "line", "column_name", "reason", "raw"],
-        [(task_id, reject.line, reject.column, reject.reason, reject.raw) for reject in rejects],
+        [
+            (
+                task_id,
+                reject.line,
+                None if reject.column is None else storable(reject.column, DETAIL_CHARACTERS),
+                storable(reject.reason, DETAIL_CHARACTERS),
+                storable(reject.raw, RAW_CHARACTERS),
+            )
+            for reject in rejects
+        ],
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from shared.adapters.postgres import quoted
-from shared.domain.errors import Conflict, NotFound, Retryable, SchemaMismatch
+from shared.domain.errors import Conflict, LockTimeout, NotFound, Retryable, SchemaMismatch, SluiceError
 from shared.domain.task import AccountId, DatasetId, LoadId
 from shared.ports.database import Connection, Database
 
@@ -136,7 +136,7 @@ async def publish_load(
         raise NotFound(f"there is no dataset {dataset!r} to append to; import with mode create")
     replaced: list[int] = []
     if found is None:
-        dataset_id = await _create_dataset(connection, load, dataset, schema, parent)
+        dataset_id = await _create_dataset(connection, load, dataset, schema, parent, mode)
     else:
         dataset_id = found.dataset_id
         if mode == "replace":
@@ -172,7 +172,7 @@ async def publish_load(
 
 
 async def _create_dataset(
-    connection: Connection, load: FinishedLoad, dataset: str, schema: str, parent: str
+    connection: Connection, load: FinishedLoad, dataset: str, schema: str, parent: str, mode: str
 ) -> DatasetId:
     # Two first imports of an account meet here: CREATE SCHEMA IF NOT EXISTS alone may fail for the second.
     await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", schema)
@@ -186,6 +186,10 @@ async def _create_dataset(
         [column.as_json() for column in load.columns],
     )
     if dataset_id is None:
+        if mode == "replace":
+            raise LockTimeout(
+                f"another import has just made the dataset {dataset!r}; it is replaced at the next attempt"
+            )
         raise Conflict(f"another import has just made the dataset {dataset!r}; import with mode append or replace")
     await connection.execute(f"CREATE TABLE {parent} (_load bigint NOT NULL{definitions}) PARTITION BY LIST (_load)")
     return DatasetId(dataset_id)
@@ -260,7 +264,8 @@ async def _detach(connection: Connection, parent: str, load_id: LoadId) -> None:
 
 _PURGEABLE = """
 SELECT load_id FROM sluice.loads l
-WHERE detached_at IS NOT NULL AND NOT EXISTS (SELECT FROM sluice.load_pins p WHERE p.load_id = l.load_id)
+WHERE detached_at IS NOT NULL AND load_id > $1
+  AND NOT EXISTS (SELECT FROM sluice.load_pins p WHERE p.load_id = l.load_id)
 ORDER BY load_id LIMIT 1 FOR UPDATE SKIP LOCKED
 """
 
@@ -303,21 +308,31 @@ class PgCatalog:
         """The user's change is committed: what cannot be dropped now is dropped by the control service."""
         try:
             await self.purge()
-        except Retryable as error:
+        except (Retryable, Conflict) as error:
             log.info("a detached load is dropped later", error=error.detail)
 
     async def purge(self) -> int:
-        """Drop the tables of detached loads that nobody reads any more; answers how many."""
-        purged = 0
+        """Drop the tables of detached loads that nobody reads any more; answers how many.
+
+        One that cannot be dropped now does not keep the others: its error is raised at the end.
+        """
+        purged, load_id = 0, 0
+        trouble: SluiceError | None = None
         while True:
-            async with self._database.transaction() as connection:
-                await set_lock_timeout(connection, self._lock_seconds)
-                load_id = await connection.fetchval(_PURGEABLE)
-                if load_id is None:
-                    return purged
-                await drop_load_table(connection, LoadId(load_id))
-                await connection.execute("DELETE FROM sluice.loads WHERE load_id = $1", load_id)
-            purged += 1
+            try:
+                async with self._database.transaction() as connection:
+                    await set_lock_timeout(connection, self._lock_seconds)
+                    load_id = await connection.fetchval(_PURGEABLE, load_id)
+                    if load_id is None:
+                        break
+                    await drop_load_table(connection, LoadId(load_id))
+                    await connection.execute("DELETE FROM sluice.loads WHERE load_id = $1", load_id)
+                purged += 1
+            except (LockTimeout, Conflict) as error:
+                trouble = error
+        if trouble is not None:
+            raise trouble
+        return purged
 
     async def _locked(self, connection: Connection, account_id: AccountId, dataset: str) -> tuple[Dataset, str]:
         await set_lock_timeout(connection, self._lock_seconds)

@@ -81,9 +81,12 @@ async def relay(database: Database, publisher: Publisher, *, older_than_seconds:
             try:
                 await publisher.publish_json(row["exchange"], row["routing_key"], row["body"])
             except BusUnavailable as error:
-                # Raised after the commit: what was sent before it shall not be sent again.
+                # Raised after the commit: what was sent before it shall not be sent again. One message that the
+                # broker does not take must not keep the others: give up only when the broker itself seems away.
+                if refused is not None:
+                    break
                 refused = error
-                break
+                continue
             sent.append(row["outbox_id"])
         if sent:
             await connection.execute(_DELETE, sent)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from shared.domain.checkpoint import Checkpoint
-from shared.domain.errors import CheckpointLost, Conflict, Fenced, NoProgress, SluiceError
+from shared.domain.errors import CheckpointLost, Conflict, Fenced, InternalFault, NoProgress, SluiceError, storable
 from shared.domain.messages import (
     BROADCAST_EXCHANGE,
     COMMANDS_EXCHANGE,
@@ -179,8 +179,9 @@ ORDER BY task_id LIMIT 100 FOR UPDATE SKIP LOCKED
 # A task that waits for its start, or for the end of a back-off, is left alone: its window is looked at when it is due.
 _WINDOWED = f"""
 SELECT {_COLUMNS} FROM sluice.tasks t
-WHERE run_window IS NOT NULL AND (state = 'running' OR state = 'queued' AND (not_before IS NULL OR not_before <= now())
-                                  OR state = 'paused' AND resume_at <= now())
+WHERE task_id > $1 AND run_window IS NOT NULL
+  AND (state = 'running' OR state = 'queued' AND (not_before IS NULL OR not_before <= now())
+       OR state = 'paused' AND resume_at <= now())
 ORDER BY task_id LIMIT 100 FOR UPDATE SKIP LOCKED
 """  # noqa: S608
 
@@ -199,6 +200,11 @@ _LOG_EVENT = """
 INSERT INTO sluice.task_events (task_id, event, from_state, to_state, epoch, actor, reason)
 VALUES ($1, $2, $3, $4, $5, $6, $7)
 """
+
+
+# How many times more attempts a task has that ended them with a passing fault; with back-offs of a minute, hours.
+OUTAGE_PATIENCE = 20
+REASON_CHARACTERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,10 +286,12 @@ class PgTaskStore:
                 return None
             task = _task(row)
             await self._tell(connection, post, task, row["previous"], Event.STARTED, worker, None)
-            if task.attempts <= self._policy.max_attempts:
+            # An outage is nobody's fault: a task that waits for one to end gives up after hours, not after a count.
+            passing = task.error is not None and task.error.get("code") != InternalFault.code
+            if task.attempts <= self._policy.max_attempts * (OUTAGE_PATIENCE if passing else 1):
                 return task
             error = NoProgress(
-                f"{self._policy.max_attempts} workers in turn took this task and committed nothing; see their logs, "
+                f"{task.attempts - 1} claims in turn committed nothing; see last_error and the workers' logs, "
                 "then resume or abort it",
                 last_error=task.error,
             )
@@ -451,8 +459,17 @@ class PgTaskStore:
     async def keep_windows(self, *, actor: str) -> list[Task]:
         now = datetime.now(UTC)
         moved: list[Task] = []
+        last = 0
+        while page := await self._keep_page(last, now, actor, moved):
+            last = page
+        return moved
+
+    async def _keep_page(self, after: int, now: datetime, actor: str, moved: list[Task]) -> int:
+        """Look at the windows of some tasks with higher numbers; answers the last of them, 0 when there is none."""
+        last = 0
         async with self._outbox.transaction(self._database) as (connection, post):
-            for task in rows_to_tasks(await connection.fetch(_WINDOWED)):
+            for task in rows_to_tasks(await connection.fetch(_WINDOWED, after)):
+                last = task.task_id
                 assert task.run_window is not None, "the query asks for it"
                 if task.resume_at is not None and task.state is TaskState.PAUSED:
                     trigger, reason, resume_at = Trigger.RESUME, f"its run window opens: {task.run_window}", None
@@ -461,12 +478,12 @@ class PgTaskStore:
                     trigger, reason = Trigger.PAUSE, f"outside its run window: {task.run_window}"
                 else:
                     continue
-                after = await self._move(
+                moved_task = await self._move(
                     connection, post, task.task_id, trigger, actor=actor, reason=reason, resume_at=resume_at
                 )
-                assert after is not None, "the row is locked: the guard holds"
-                moved.append(after)
-        return moved
+                assert moved_task is not None, "the row is locked: the guard holds"
+                moved.append(moved_task)
+        return last
 
     async def announce_overdue(self, *, older_than_seconds: float, queues: set[str]) -> list[Task]:
         kinds = [kind for kind, queue in WORK_QUEUES.items() if queue in queues]
@@ -539,6 +556,7 @@ class PgTaskStore:
         quietly: bool = False,
     ) -> None:
         """The audit row, and what the bus must hear. `quietly`: no hint, because the teller goes on with the task."""
+        reason = None if reason is None else storable(reason, REASON_CHARACTERS)
         await connection.execute(_LOG_EVENT, task.task_id, event, previous, task.state, task.epoch, actor, reason)
         told = TaskEvent(
             type=event,

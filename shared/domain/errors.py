@@ -3,6 +3,16 @@
 from http import HTTPStatus
 from typing import Any, ClassVar
 
+# A driver's message may quote the whole field that it could not take; messages and rows shall stay small.
+DETAIL_CHARACTERS = 2000
+
+
+def storable(text: str, most_characters: int) -> str:
+    """`text` as PostgreSQL and JSON can hold it: without NUL and lone surrogates, and not longer than allowed."""
+    if len(text) > most_characters:
+        text = text[: most_characters - 1] + "…"
+    return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
+
 
 class SluiceError(Exception):
     """Root of all errors.
@@ -16,13 +26,15 @@ class SluiceError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, detail: str, **extra: Any) -> None:
+        detail = storable(detail, DETAIL_CHARACTERS)
         super().__init__(detail)
         self.detail = detail
         self.extra = extra
 
     def as_json(self) -> dict[str, Any]:
         """The form in which a failed task stores its error."""
-        return {"code": self.code, "detail": self.detail, **self.extra}
+        extra = {k: storable(v, DETAIL_CHARACTERS) if isinstance(v, str) else v for k, v in self.extra.items()}
+        return {"code": self.code, "detail": self.detail, **extra}
 
 
 # --- what a caller did wrong

@@ -167,7 +167,8 @@ async def test_a_queue_that_an_operator_deleted_comes_back(services: Stack, scen
             except BusUnavailable:
                 await asyncio.sleep(0.05)
                 continue
-            assert reply is not None
+            if reply is None:  # it came while the queue was being made again; the command is idempotent
+                continue
             assert reply.status == 409
             return
 
