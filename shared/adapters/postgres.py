@@ -12,7 +12,7 @@ Considerations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
 import asyncpg
@@ -131,7 +131,7 @@ class PgConnection:
         try:
             yield
         except BaseException:
-            if self._is_usable():
+            if not self._ended and not self._raw.is_closed():
                 try:
                     with translated():
                         await transaction.rollback()
@@ -175,12 +175,6 @@ class PgConnection:
     ) -> None:
         with translated():
             await self._raw.copy_records_to_table(table, schema_name=schema, columns=list(columns), records=records)
-
-    def _is_usable(self) -> bool:
-        try:
-            return not self._ended and not self._raw.is_closed()
-        except pg.InterfaceError:  # it was lost, and the pool has taken it back already
-            return False
 
     def _end(self) -> None:
         """Close it at once; the pool gives out another one."""
@@ -261,8 +255,7 @@ class PgDatabase:
         try:
             yield PgConnection(cast("asyncpg.Connection[Any]", raw))
         finally:
-            # The pool drops a connection that it cannot reset; that must not hide what led here.
-            with suppress(DatabaseUnavailable, pg.InterfaceError), translated():
+            with translated():
                 await self._pool.release(raw)
 
     @asynccontextmanager
