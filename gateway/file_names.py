@@ -7,10 +7,10 @@ from shared.domain.errors import InvalidRequest
 MAX_NAME_BYTES = 1024
 
 
-def check_file_name(name: str) -> str:
+def check_file_name(name: str, *, where: str = "path") -> str:
     """`name`, if it can be one: slashes make folders, as in the keys of object stores.
 
-    Raises InvalidRequest.
+    `where` is the part of the request that it came in. Raises InvalidRequest.
     """
     fault = None
     try:
@@ -24,7 +24,7 @@ def check_file_name(name: str) -> str:
     elif any(part in ("", ".", "..") for part in name.split("/")):
         fault = "has an empty part, or one that is . or .., between slashes"
     if fault is not None:
-        raise InvalidRequest(f"the file name {fault}", errors=[{"in": "path", "field": "file_name", "fault": fault}])
+        raise InvalidRequest(f"the file name {fault}", errors=[{"in": where, "field": "file_name", "fault": fault}])
     return name
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, RootModel
 
+from gateway.file_names import check_file_name
 from gateway.files import StoredFile
 from shared.domain.errors import Conflict, NotFound
 from shared.domain.export_params import ExportRequest
@@ -60,9 +61,16 @@ async def _file(gateway: "Gateway", account_id: AccountId, request: ImportReques
 
 
 async def take_export(gateway: "Gateway", account_id: AccountId, request: ExportRequest) -> NewTask:
-    """Check it against the dataset as it is now. Raises NotFound, and InvalidRequest that names every fault."""
+    """Check it against the dataset and the files as they are now.
+
+    Raises NotFound, InvalidRequest that names every fault, and Conflict when the file is there and must stay.
+    """
     dataset = await gateway.datasets.get(account_id, request.dataset)
     request.check({column["name"]: column["type"] for column in dataset.columns})
+    if request.file_name is not None:
+        name = check_file_name(request.file_name, where="body")
+        if not request.overwrite and await gateway.files.named(account_id, name) is not None:
+            raise Conflict(f"there is a file {name!r} already; use overwrite, or another name", file_name=name)
     return NewTask(
         account_id=account_id,
         kind=Kind.EXPORT,
