@@ -1,6 +1,9 @@
 """The web application: the table of operations as routes, and what surrounds every request."""
 
+import asyncio
 import re
+import socket
+import struct
 from collections.abc import Awaitable, Callable
 from uuid import uuid4
 
@@ -122,6 +125,10 @@ async def _answer_every_error(request: web.Request, handler: _Handler) -> web.St
 async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
     try:
         return await handler(request)
+    except asyncio.CancelledError:
+        if request.writer.output_size:
+            _reset(request)
+        raise
     except ConnectionError as error:
         log.info("the client left", method=request.method, path=request.path, error=str(error))
         raise  # aiohttp closes the connection
@@ -142,7 +149,17 @@ def _cut_if_begun(request: web.Request, error: Exception) -> None:
     """Once an answer has begun there is no other: the connection is cut, so that a part never looks like the whole."""
     if request.writer.output_size:
         log.warning("an answer was cut", method=request.method, path=request.path, error=str(error))
+        _reset(request)
         raise ConnectionAbortedError("cut in the middle of an answer") from error
+
+
+def _reset(request: web.Request) -> None:
+    """Without a length or chunks, as in HTTP/1.0, an orderly end of the connection would be that of a whole answer."""
+    if request.transport is None:
+        return
+    if (connection := request.transport.get_extra_info("socket")) is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.transport.abort()
 
 
 async def _name_request(request: web.Request, response: web.StreamResponse) -> None:

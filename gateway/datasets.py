@@ -1,5 +1,6 @@
 """Datasets and their loads in PostgreSQL, and a first look at their rows."""
 
+import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,7 +8,7 @@ from typing import Any, Literal
 
 from shared.adapters.catalog import data_schema
 from shared.adapters.postgres import quoted
-from shared.domain.errors import NotFound, TooLarge
+from shared.domain.errors import NotFound, StatementTimeout, TooLarge, TooManyRequests
 from shared.domain.task import AccountId
 from shared.ports.database import Database
 
@@ -15,7 +16,9 @@ PREVIEW_MILLISECONDS = 5000
 PREVIEW_BYTES = 8 * 1024 * 1024
 # What one request may stream; more is work for an export task, which can be paused and resumed.
 STREAM_ROWS = 100_000
-STREAM_MILLISECONDS = 30_000
+STREAM_SECONDS = 30.0
+# Each holds a connection for as long as its client reads; the others are for everybody else.
+STREAMS_AT_ONCE = 4
 StreamForm = Literal["csv", "jsonl"]
 MOST_LOADS_SHOWN = 1000
 
@@ -67,6 +70,7 @@ def _dataset(row: Mapping[str, Any]) -> Dataset:
 class Datasets:
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._streaming = asyncio.Semaphore(STREAMS_AT_ONCE)
 
     async def page(self, account_id: AccountId, *, before: int | None, limit: int) -> Sequence[Dataset]:
         """Newest first, those with a number below `before`."""
@@ -117,7 +121,7 @@ class Datasets:
                 SELECT row FROM (
                     SELECT row, sum(octet_length(row)) OVER (ROWS UNBOUNDED PRECEDING) AS bytes
                     FROM (
-                        SELECT row_to_json(r)::text AS row
+                        SELECT row_to_json(r.*)::text AS row -- r alone could be a column
                         FROM (SELECT {columns} FROM {table} WHERE $1::bigint IS NULL OR _load = $1 LIMIT $2) r
                     ) written
                 ) counted WHERE bytes <= $3
@@ -133,7 +137,8 @@ class Datasets:
     ) -> int:
         """All rows to `sink`, as PostgreSQL writes them; answers how many.
 
-        Raises TooLarge before the first piece when there are more than `STREAM_ROWS`, and StatementTimeout.
+        Raises TooLarge before the first piece when there are more than `STREAM_ROWS`, StatementTimeout after
+        `STREAM_SECONDS`, however slowly it is read, and TooManyRequests.
         """
         if dataset.rows > STREAM_ROWS:
             raise TooLarge(
@@ -144,13 +149,22 @@ class Datasets:
             )
         columns = ", ".join(quoted(column["name"]) for column in dataset.columns)
         source = f"SELECT {columns} FROM {quoted(dataset.schema)}.{quoted(dataset.name)}"  # noqa: S608 - quoted names
-        async with self._database.transaction() as connection:
-            await connection.execute(
-                "SELECT set_config('statement_timeout', $1, true), set_config('transaction_read_only', 'on', true)",
-                str(STREAM_MILLISECONDS),
-            )
-            if form == "csv":
-                return await connection.copy_out(source, sink=sink, format="csv", header=True)
+        options: dict[str, Any] = {"format": "csv", "header": True}
+        if form == "jsonl":
+            source = f"SELECT row_to_json(r.*)::text FROM ({source}) r"  # noqa: S608 - made of quoted names
             # JSON has no raw control characters, so that nothing is ever quoted.
-            rows = f"SELECT row_to_json(r)::text FROM ({source}) r"  # noqa: S608 - made of quoted names
-            return await connection.copy_out(rows, sink=sink, format="csv", delimiter="\x02", quote="\x01")
+            options = {"format": "csv", "delimiter": "\x02", "quote": "\x01"}
+        if self._streaming.locked():
+            raise TooManyRequests(
+                f"{STREAMS_AT_ONCE} datasets are being streamed at this moment; try again, or make an export task"
+            )
+        async with self._streaming, self._database.transaction() as connection:
+            await connection.execute("SELECT set_config('transaction_read_only', 'on', true)")
+            try:
+                # PostgreSQL's own statement_timeout does not count while it waits for its client to read.
+                async with asyncio.timeout(STREAM_SECONDS):
+                    return await connection.copy_out(source, sink=sink, **options)
+            except TimeoutError as error:
+                raise StatementTimeout(
+                    f"the dataset was not read within {STREAM_SECONDS:g} seconds; make an export task of it"
+                ) from error

@@ -91,9 +91,9 @@ class RawClient:
     writer: asyncio.StreamWriter
     headers: Mapping[str, str]
 
-    async def send_head(self, method: str, path: str, **headers: str) -> None:
+    async def send_head(self, method: str, path: str, *, version: str = "HTTP/1.1", **headers: str) -> None:
         """Header names with `_` for `-`."""
-        lines = [f"{method} {path} HTTP/1.1", "Host: test"]
+        lines = [f"{method} {path} {version}", "Host: test"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in {**self.headers, **headers}.items()]
         await self.send(("\r\n".join(lines) + "\r\n\r\n").encode())
 

@@ -23,7 +23,8 @@ class JsonLines:
         return b""
 
     def rows(self, source: str) -> Copy:
-        return Copy(f"SELECT row_to_json(r)::text FROM (SELECT {self._select} {source}) r", _AS_IT_IS)  # noqa: S608 - made of quoted names
+        # r alone could be a column.
+        return Copy(f"SELECT row_to_json(r.*)::text FROM (SELECT {self._select} {source}) r", _AS_IT_IS)  # noqa: S608 - made of quoted names
 
     async def encode(self, answer: bytes) -> Encoded:
         return Encoded(answer)

@@ -214,6 +214,11 @@ async def test_an_empty_result_is_a_valid_file(exporting: Scene, form: str, expe
     assert (gzip.decompress(body) if form.endswith("gz") else body) == expected
 
 
+async def test_a_column_may_be_called_like_anything_in_the_query(exporting: Scene) -> None:
+    await add_load(exporting, {"r": "text", "row": "text"}, "VALUES ('a', 'b')")
+    assert await content(exporting, await export(exporting, format="jsonl")) == b'{"r":"a","row":"b"}\n'
+
+
 async def test_sixteen_hundred_columns_fit_less_the_one_that_loads_have(exporting: Scene) -> None:
     columns = {f"c{number}": "boolean" for number in range(1599)}
     load = await add_load(exporting, columns, f"SELECT {', '.join(['true'] * 1599)} FROM generate_series(1, 3)")

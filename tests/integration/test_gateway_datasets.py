@@ -1,26 +1,38 @@
 """Datasets at the gateway: shown, looked into, reverted and dropped."""
 
+import asyncio
+from collections.abc import Sequence
+
 import pytest
 
+from gateway.datasets import STREAMS_AT_ONCE
 from shared.adapters.catalog import Column, FinishedLoad, create_stage, publish_load
-from shared.adapters.postgres import PgDatabase
+from shared.adapters.postgres import PgDatabase, quoted
 from shared.domain.task import LoadId
-from tests.gateway_process import Client
+from tests.gateway_process import Client, RawClient, until
 
 COLUMNS = (Column("id", "bigint"), Column("The Price", "numeric"), Column("note", "text"))
 
 
-async def with_load(database: PgDatabase, username: str, dataset: str, load: int, values: str, *, mode: str) -> None:
+async def with_load(
+    database: PgDatabase,
+    username: str,
+    dataset: str,
+    load: int,
+    values: str,
+    *,
+    mode: str,
+    columns: Sequence[Column] = COLUMNS,
+) -> None:
     """What an import leaves behind when it has succeeded."""
     load_id = LoadId(load)
     async with database.transaction() as connection:
         account_id = await connection.fetchval("SELECT account_id FROM sluice.accounts WHERE username = $1", username)
-        await create_stage(connection, load_id, COLUMNS)
-        status = await connection.execute(
-            f'INSERT INTO sluice_loads.load_{load} (id, "The Price", note) VALUES {values}'
-        )
+        await create_stage(connection, load_id, columns)
+        names = ", ".join(quoted(column.name) for column in columns)
+        status = await connection.execute(f"INSERT INTO sluice_loads.load_{load} ({names}) VALUES {values}")
         finished = FinishedLoad(
-            load_id, account_id, int(status.split()[2]), 1, 100, COLUMNS, file_id=7, file_name="a.csv"
+            load_id, account_id, int(status.split()[2]), 1, 100, columns, file_id=7, file_name="a.csv"
         )
         await publish_load(connection, finished, dataset, mode=mode, evolve=False, lock_seconds=5)
 
@@ -114,3 +126,65 @@ async def test_a_large_dataset_is_not_streamed_but_pointed_to_export_tasks(
 async def test_nobody_streams_the_dataset_of_another(prices: Client, bob: Client) -> None:
     assert (await bob.get("/v1/datasets/prices/export")).status == 404
     assert (await prices.get("/v1/datasets/prices/export?format=xml")).status == 422
+
+
+async def test_a_column_may_be_called_like_anything_in_the_query(alice: Client, database: PgDatabase) -> None:
+    for load, columns in ((40, ("r",)), (41, ("r", "row")), (42, ("other",))):
+        made = [Column(name, "text") for name in columns]
+        values = ", ".join(["'x'"] * len(columns))
+        await with_load(database, "alice", f"d{load}", load, f"({values})", mode="create", columns=made)
+        expected = dict.fromkeys(columns, "x")
+        assert (await alice.get(f"/v1/datasets/d{load}/rows")).json["rows"] == [expected]
+        assert (await alice.get(f"/v1/datasets/d{load}/export?format=jsonl")).json == expected
+
+
+@pytest.fixture
+async def large(alice: Client, database: PgDatabase) -> Client:
+    """Alice with a dataset that fills all buffers between PostgreSQL and a client that does not read."""
+    values = ", ".join(f"({n}, 1, repeat('x', 1000000))" for n in range(60))
+    await with_load(database, "alice", "large", 50, values, mode="create")
+    return alice
+
+
+async def stalled_stream(client: Client, version: str = "HTTP/1.1") -> RawClient:
+    raw = await client.connect()
+    await raw.send_head("GET", "/v1/datasets/large/export", version=version)
+    status, _ = await raw.read_head()
+    assert status == 200
+    return raw
+
+
+async def test_streams_that_nobody_reads_leave_connections_for_the_others(
+    large: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.datasets.STREAM_SECONDS", 1000)
+    stalled = await asyncio.gather(*(stalled_stream(large) for _ in range(STREAMS_AT_ONCE)))
+    answer = await large.get("/v1/datasets/large/export")
+    assert (answer.status, answer.code) == (429, "too-many-requests")
+    assert "Retry-After" in answer.headers
+    for raw in stalled:
+        await raw.close()
+
+    async def streams_again() -> bool:
+        return (await large.get("/v1/datasets/large/export")).status == 200
+
+    await until(streams_again)
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
+async def test_a_stream_that_is_not_read_is_cut_and_looks_cut(
+    large: Client, database: PgDatabase, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr("gateway.datasets.STREAM_SECONDS", 0.2)
+    raw = await stalled_stream(large, version)
+
+    async def is_over() -> bool:
+        async with database.connection() as connection:
+            running = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'COPY%'"
+            return await connection.fetchval(running) == 0
+
+    await until(is_over)
+    with pytest.raises(ConnectionResetError):
+        await raw.reader.read()
+    assert (await large.get("/v1/datasets")).status == 200
+    await raw.close()
