@@ -17,7 +17,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gateway import bodies
-from gateway.problems import Malformed, UnsupportedMediaType, faults
+from gateway.problems import UnsupportedMediaType, faults
 from shared.domain.errors import InvalidRequest, NotFound, SluiceError, Unauthenticated
 from shared.domain.task import BIGINT_MAX
 
@@ -212,9 +212,6 @@ async def decode_body(call: Call, model: type[BaseModel], *, required: bool) -> 
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        if first["type"] == "json_invalid":
-            raise Malformed(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}") from error
         raise faults(error, where="body") from error
 
 

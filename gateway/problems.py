@@ -124,6 +124,8 @@ def unexpected_problem(request: web.Request) -> web.Response:
 
 # Pydantic begins the place of a fault with the arm of the union that it looked into, which is no field of anybody's.
 _KINDS = frozenset(Kind)
+# Writing down each of a hundred thousand would hold up everybody else.
+MOST_FAULTS = 1000
 
 
 def _field(item: ErrorDetails) -> str:
@@ -133,15 +135,21 @@ def _field(item: ErrorDetails) -> str:
     return ".".join(str(step) for step in steps)
 
 
-def faults(error: ValidationError, *, where: str) -> InvalidRequest:
+def faults(error: ValidationError, *, where: str) -> InvalidRequest | Malformed:
     """Pydantic's findings, by field, without the values (they may be secrets)."""
+    if error.error_count() > MOST_FAULTS:
+        fault = f"{error.error_count():,} faults, too many to name"
+        return InvalidRequest(f"the {where} has {fault}", errors=[{"in": where, "field": "", "fault": fault}])
+    details = error.errors(include_url=False, include_input=False)
+    if details[0]["type"] == "json_invalid":
+        return Malformed(f"the {where} is not JSON: {details[0]['msg'].removeprefix('Invalid JSON: ')}")
     found = [
         {
             "in": where,
             "field": _field(item),
             "fault": item["msg"].removeprefix("Value error, "),
         }
-        for item in error.errors(include_url=False, include_input=False)
+        for item in details
     ]
     lines = [f"{item['field']}: {item['fault']}" if item["field"] else item["fault"] for item in found[:5]]
     return InvalidRequest(f"the {where} is not right: {'; '.join(lines)}", errors=found[:50])

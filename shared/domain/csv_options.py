@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+MOST_COLUMNS = 1600  # PostgreSQL's own limit of a table
+
 # Encodings that leave this alone contain ASCII and keep no state between characters.
 _PROBE = bytes(range(128)) + b"\\u0041 ~{ .xn--a-ecp.ru \x1b$B!!"
 
@@ -44,6 +46,9 @@ class ColumnOption(_Strict):
 
 _OneByte = Annotated[str, Field(min_length=1, max_length=1, pattern=r"^[\x01-\x09\x0b\x0c\x0e-\x7f]$")]
 
+# fail_fast: a fault for each of a million items would take gigabytes to write down.
+_ColumnList = Annotated[list[ColumnOption], Field(max_length=MOST_COLUMNS, fail_fast=True)]
+
 
 class CsvOptions(_Strict):
     """Overrides for reading a CSV file. PostgreSQL's COPY allows one ASCII character per separator."""
@@ -55,7 +60,7 @@ class CsvOptions(_Strict):
     escape: _OneByte | None = Field(default=None, description="Escapes a quote; the quote itself by default.")
     header: bool | None = Field(default=None, description="Whether the first record holds column names.")
     null: str | None = Field(default=None, description="The unquoted text that means NULL; empty text by default.")
-    columns: list[ColumnOption] | dict[str, ColumnType] | None = Field(
+    columns: _ColumnList | dict[str, ColumnType] | None = Field(
         default=None,
         description="Either every column in file order, or types for some columns by name.",
     )

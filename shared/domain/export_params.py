@@ -7,14 +7,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
+from shared.domain.csv_options import MOST_COLUMNS
 from shared.domain.errors import InvalidRequest
 from shared.domain.import_params import DatasetName
 from shared.domain.task import BIGINT_MAX
 from shared.domain.task_options import TaskOptions
 
-# PostgreSQL's own limit of a table.
-MOST_COLUMNS = 1600
 MOST_CONDITIONS = 50
+MOST_VALUES = 10_000
 
 _NUMBERS = frozenset({"bigint", "numeric", "double precision"})
 _TIMES = frozenset({"date", "timestamp", "timestamptz"})
@@ -56,6 +56,8 @@ _Integer = Annotated[StrictInt, Field(ge=-BIGINT_MAX - 1, le=BIGINT_MAX)]
 _Float = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Value = StrictBool | _Integer | _Float | _Text
 _Column = Annotated[str, Field(min_length=1)]
+# fail_fast: a fault for each of a million items would take gigabytes to write down.
+_Values = Annotated[list[Value], Field(max_length=MOST_VALUES, fail_fast=True)]
 
 
 class Condition(_Strict):
@@ -63,7 +65,7 @@ class Condition(_Strict):
 
     column: _Column
     op: Operator
-    value: Value | list[Value] | None = Field(
+    value: Value | _Values | None = Field(
         default=None,
         description="A list for `in`; for `is_null` true (the default) or false; numbers may be texts, so that they "
         "keep all digits. Times without a zone are UTC.",
@@ -72,8 +74,8 @@ class Condition(_Strict):
     @model_validator(mode="after")
     def _value_fits_operator(self) -> Self:
         if self.op is Operator.IN:
-            if not isinstance(self.value, list) or not 1 <= len(self.value) <= 10_000:
-                raise ValueError("in takes a list of 1 to 10000 values")
+            if not isinstance(self.value, list) or not self.value:
+                raise ValueError(f"in takes a list of 1 to {MOST_VALUES} values")
         elif self.op is Operator.IS_NULL:
             if self.value is not None and not isinstance(self.value, bool):
                 raise ValueError("is_null takes true, false or nothing")
@@ -118,7 +120,7 @@ class ExportRequest(TaskOptions):
     dataset: DatasetName
     load_id: int | None = Field(default=None, ge=1, le=BIGINT_MAX, description="Only the rows of this import.")
     format: ExportFormat = ExportFormat.CSV
-    columns: Annotated[list[_Column], Field(min_length=1, max_length=MOST_COLUMNS)] | None = Field(
+    columns: Annotated[list[_Column], Field(min_length=1, max_length=MOST_COLUMNS, fail_fast=True)] | None = Field(
         default=None, description="These columns in this order; all of them by default."
     )
     time_column: _Column | None = Field(

@@ -4,11 +4,15 @@ import random
 import re
 from typing import Any
 
+import orjson
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
+from pydantic import ValidationError
 
 from gateway.app import OPERATIONS
+from gateway.intake import TaskRequest
 from gateway.operations import MAX_JSON_BYTES, Auth, Operation
+from gateway.problems import MOST_FAULTS
 from tests.gateway_process import Client
 
 IDS = {"file": "file_id", "task": "task_id", "token": "token_id"}
@@ -135,6 +139,27 @@ async def test_a_body_that_is_not_right_is_refused(alice: Client) -> None:
     for body, media_type, status, code in BAD_BODIES:
         answer = await alice.post("/v1/tokens", data=body, headers={"Content-Type": media_type})
         assert (answer.status, answer.code) == (status, code), (body[:50], media_type)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"kind": "export", "conditions": [{"column": "a", "op": "in", "value": [[]] * 20_000}]},
+        {"kind": "export", "columns": [0] * 20_000},
+        {"kind": "import", "file_id": 1, "csv": {"columns": [0] * 20_000}},
+    ],
+)
+def test_the_faults_of_a_long_list_are_not_counted_to_its_end(request_: dict[str, Any]) -> None:
+    """Else a body of one megabyte would take gigabytes, and the loop for many seconds."""
+    with pytest.raises(ValidationError) as raised:
+        TaskRequest.model_validate_json(orjson.dumps({"dataset": "d", **request_}))
+    assert raised.value.error_count() < 20
+
+
+async def test_more_faults_than_anybody_reads_are_counted_only(nobody: Client) -> None:
+    answer = await nobody.post("/v1/accounts", {f"unknown{n}": 0 for n in range(MOST_FAULTS)})
+    assert (answer.status, answer.code) == (422, "invalid-request")
+    assert answer.json["errors"] == [{"in": "body", "field": "", "fault": "1,002 faults, too many to name"}]
 
 
 async def test_what_is_no_operation_is_a_problem_too(nobody: Client) -> None:
