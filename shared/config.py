@@ -1,5 +1,7 @@
 """Every setting of every service, read once from the environment by each `main.py`."""
 
+from typing import Literal
+
 from pydantic import Field, PositiveFloat, PositiveInt, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -19,6 +21,9 @@ class Settings(BaseSettings):
     s3_secret_key: SecretStr
     s3_bucket: str = "sluice"
     s3_region: str = "us-east-1"
+    s3_checksum: Literal["md5", "crc32"] = Field(
+        default="md5", description="crc32 costs less CPU; only for stores that check it, like SeaweedFS"
+    )
     s3_prefix: str = Field(default="", description="put before every object key; tests use one each")
 
     # --- gateway

@@ -4,7 +4,9 @@ Considerations
 
 - A part or object is accepted only if the ETag that comes back is the MD5 of what was sent. The MD5 is made
   in a thread while the bytes are on their way. Stores whose ETag is no MD5 (SSE-KMS, SSE-C) say so by a
-  header, or by an ETag of another form; then TLS is what protects the bytes.
+  header, or by an ETag of another form; then TLS is what protects the bytes. With `s3_checksum=crc32` the
+  store itself compares a CRC-32 before it accepts, and says so in its answer; one that does not is checked
+  by MD5. It is not the default because AWS refuses such parts in uploads that were not begun for them.
 - Timeouts count silence, not duration: a transfer may take hours, but `idle_seconds` without a byte is
   `StoreUnavailable`. Sends are repeated here for as long as one silence may last; reads are resumed by
   the caller, who knows which bytes it has used.
@@ -56,7 +58,7 @@ class S3ObjectStore:
     def __init__(self, settings: Settings, *, idle_seconds: float = 15.0, copy_seconds: float = 120.0) -> None:
         self._prefix = settings.s3_prefix
         self._s3 = S3Client(settings, idle_seconds=idle_seconds, copy_seconds=copy_seconds)
-        self._transfers = Transfers(self._s3, idle_seconds=idle_seconds)
+        self._transfers = Transfers(self._s3, idle_seconds=idle_seconds, crc32=settings.s3_checksum == "crc32")
 
     # --- bucket
 

@@ -17,6 +17,7 @@ from minio.error import InvalidResponseError, MinioException, S3Error, ServerErr
 
 from shared.config import Settings
 from shared.domain.errors import (
+    IntegrityMismatch,
     ObjectMissing,
     SluiceError,
     SourceChanged,
@@ -34,6 +35,7 @@ CONNECT_SECONDS = 5.0
 """Of one attempt; the data plane uses it too."""
 
 _MISCONFIGURED_CODES = {"NoSuchBucket", "PermanentRedirect", "AuthorizationHeaderMalformed"}
+_DAMAGED_CODES = {"BadDigest", "XAmzContentChecksumMismatch"}
 _UNAVAILABLE_CODES = {"SlowDown", "SlowDownRead", "SlowDownWrite", "RequestTimeout", "OperationAborted"}
 
 
@@ -132,6 +134,8 @@ class S3Client:
             return UploadMissing(f"the store knows no such upload of {key!r}")
         if status == HTTPStatus.PRECONDITION_FAILED:
             return SourceChanged(f"the object {key!r} was replaced")
+        if code in _DAMAGED_CODES:
+            return IntegrityMismatch(f"the object store received other bytes of {key!r} than were sent ({answer})")
         if code in _MISCONFIGURED_CODES or status in (301, 307, 401, 403):
             return StoreMisconfigured(
                 f"the object store at {self.endpoint} refuses us ({answer}); check SLUICE_S3_ACCESS_KEY, "

@@ -1,6 +1,7 @@
-"""Bytes to and from the object store by aiohttp, on signed URLs, under limits of silence and checked by MD5."""
+"""Bytes to and from the object store by aiohttp, on signed URLs, under limits of silence and checked."""
 
 import asyncio
+import base64
 import hashlib
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
@@ -10,6 +11,7 @@ from typing import TypeVar
 from xml.etree import ElementTree
 
 import aiohttp
+from isal import isal_zlib
 
 from shared.adapters.s3_client import CONNECT_SECONDS, S3Client
 from shared.domain.errors import IntegrityMismatch, Retryable, SourceChanged, StoreUnavailable
@@ -18,15 +20,17 @@ from shared.ports.objects import MIB, Body, Buffer
 T = TypeVar("T")
 
 READ_BUFFER_BYTES = 1 * MIB
+CRC32 = "x-amz-checksum-crc32"
 SEND_SLICE_BYTES = 256 * 1024
 
 
 class Transfers:
     """GET and PUT of whole objects, ranges and parts; keys are taken as they are."""
 
-    def __init__(self, s3: S3Client, *, idle_seconds: float) -> None:
+    def __init__(self, s3: S3Client, *, idle_seconds: float, crc32: bool = False) -> None:
         self._s3 = s3
         self._idle_seconds = idle_seconds
+        self._crc32 = crc32
         self._hashers = ThreadPoolExecutor(2, thread_name_prefix="s3-md5")
         self._http: aiohttp.ClientSession | None = None
 
@@ -91,7 +95,12 @@ class Transfers:
 
     async def _put(self, key: str, query: dict[str, str], body: Body, content_type: str) -> str:
         loop = asyncio.get_running_loop()
-        digest = loop.run_in_executor(self._hashers, _md5, body)
+        digest: asyncio.Future[str] | None = None
+        if self._crc32:
+            # In the address, as SDKs sign it: a header of this name would have to be signed as well.
+            query = {**query, CRC32: _crc32(body)}
+        else:
+            digest = loop.run_in_executor(self._hashers, _md5, body)
         headers = {"Content-Length": str(size_of(body)), "Content-Type": content_type}
         try:
             async with asyncio.timeout(self._idle_seconds) as silence:
@@ -109,6 +118,9 @@ class Transfers:
                 ) as response:
                     await self._check(response, key)
                     etag = _etag(response)
+                    if self._crc32 and response.headers.get(CRC32) == query[CRC32]:
+                        return etag
+                    digest = digest or loop.run_in_executor(self._hashers, _md5, body)
                     if _is_md5(etag, response) and etag != await digest:
                         raise IntegrityMismatch(
                             f"the object store holds other bytes of {key!r} than were sent ({etag})"
@@ -117,7 +129,8 @@ class Transfers:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._broke_off(key, error) from error
         finally:
-            digest.cancel()
+            if digest is not None:
+                digest.cancel()
 
     async def _check(self, response: aiohttp.ClientResponse, key: str) -> None:
         if response.status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
@@ -148,6 +161,14 @@ def _md5(body: Body) -> str:
     for piece in _pieces(body):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _crc32(body: Body) -> str:
+    """As S3 writes it: base64 of four bytes, the highest first. No work for a thread: 40 GB/s."""
+    value = 0
+    for piece in _pieces(body):
+        value = isal_zlib.crc32(piece, value)
+    return base64.b64encode(value.to_bytes(4, "big")).decode()
 
 
 def _etag(response: aiohttp.ClientResponse) -> str:

@@ -83,6 +83,7 @@ class SeaweedFS(Server):
             "SLUICE_S3_ENDPOINT": f"http://{self.address}",
             "SLUICE_S3_ACCESS_KEY": self.access_key,
             "SLUICE_S3_SECRET_KEY": self.secret_key,
+            "SLUICE_S3_CHECKSUM": "crc32",
         }
 
     @property

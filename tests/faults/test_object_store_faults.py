@@ -1,7 +1,9 @@
 """What the object store does when the server dies, freezes, garbles or loses an answer."""
 
 import asyncio
+import hashlib
 import os
+import re
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 
@@ -37,10 +39,11 @@ async def tap(weed: SeaweedFS) -> AsyncIterator[Tap]:
         yield tap
 
 
-@pytest.fixture
-async def store(weed: SeaweedFS, tap: Tap) -> AsyncIterator[S3ObjectStore]:
+@pytest.fixture(params=["md5"])
+async def store(weed: SeaweedFS, tap: Tap, request: pytest.FixtureRequest) -> AsyncIterator[S3ObjectStore]:
     """A store behind the tap that gives up after one second of silence."""
-    store = S3ObjectStore(settings_of(weed, tap), idle_seconds=1.0)
+    settings = settings_of(weed, tap).model_copy(update={"s3_checksum": request.param})
+    store = S3ObjectStore(settings, idle_seconds=1.0)
     await store.ensure_bucket()
     tap.reset()
     yield store
@@ -196,6 +199,7 @@ async def test_a_slow_transfer_is_not_a_silent_one(tap: Tap, weed: SeaweedFS) ->
     await store.aclose()
 
 
+@pytest.mark.parametrize("store", ["md5", "crc32"], indirect=True)
 async def test_a_byte_that_changes_on_the_way_is_noticed_and_sent_again(tap: Tap, store: S3ObjectStore) -> None:
     garbled = []
 
@@ -213,6 +217,7 @@ async def test_a_byte_that_changes_on_the_way_is_noticed_and_sent_again(tap: Tap
     assert got == DATA
 
 
+@pytest.mark.parametrize("store", ["md5", "crc32"], indirect=True)
 async def test_bytes_that_change_every_time_are_an_error(tap: Tap, store: S3ObjectStore) -> None:
     async def garble(offset: int, chunk: bytes) -> bytes:
         return chunk[:-1] + bytes([chunk[-1] ^ 1]) if len(chunk) == 64 * 1024 else chunk
@@ -221,6 +226,23 @@ async def test_bytes_that_change_every_time_are_an_error(tap: Tap, store: S3Obje
     tap.up = garble
     with pytest.raises(IntegrityMismatch):
         await store.put_part("key", upload_id, 1, DATA)
+
+
+@pytest.mark.parametrize("store", ["crc32"], indirect=True)
+async def test_a_store_that_does_not_look_at_checksums_is_checked_by_its_etag(tap: Tap, store: S3ObjectStore) -> None:
+    async def say_nothing_of_it(offset: int, chunk: bytes) -> bytes:
+        return re.sub(rb"(?i)x-amz-checksum-crc32", b"x-unrelated-answer-xx", chunk)
+
+    tap.down = say_nothing_of_it
+    etag = await store.put("key", DATA)
+    assert etag == hashlib.md5(DATA, usedforsecurity=False).hexdigest()
+
+    async def another_etag(offset: int, chunk: bytes) -> bytes:
+        return (await say_nothing_of_it(offset, chunk)).replace(etag.encode(), etag[::-1].encode())
+
+    tap.down = another_etag
+    with pytest.raises(IntegrityMismatch):
+        await store.put("key", DATA)
 
 
 async def test_a_completion_whose_answer_is_lost_is_found_by_the_repeat(tap: Tap, store: S3ObjectStore) -> None:
