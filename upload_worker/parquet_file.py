@@ -27,9 +27,11 @@ from upload_worker.sources import RangeReader
 _BUFFERS_BYTES = 32 << 20
 _LARGEST_BUFFER_BYTES = 1 << 20
 _SMALLEST_BUFFER_BYTES = 16 << 10
-# Decoded at a time: small beside a batch, so that a wrong guess of the size of rows does no harm.
+# Written as CSV at a time: small beside a batch.
 _DECODED_BYTES = 1 << 20
-_DECODED_ROWS = 16 << 10
+# Decoded at a time: what a footer says of the size of rows is their size while a dictionary or a prefix stands for
+# them, and a file of 3 KB can hold gigabytes. So few rows that long ones do no harm; fewer would cost time.
+_DECODED_ROWS = 128
 
 _DIALECT = Dialect()
 _CSV = pa.csv.WriteOptions(include_header=False, quoting_style="needed")
@@ -145,15 +147,29 @@ def _pieces(file: pq.ParquetFile, start: int, end: int, batch_bytes: int) -> Ite
     """Pieces of about `batch_bytes` for the rows `[start, end)`."""
     text, size, position = list[bytes](), 0, start
     row = start
-    for rows in _decoded(file, start, end):
+    for rows in _gathered(file, start, end):
         text.append(_csv(rows))
         size += len(text[-1])
-        row += rows.num_rows
+        row += sum(batch.num_rows for batch in rows)
         if size >= batch_bytes:
             yield ParquetPiece(position, row, b"".join(text))
             text, size, position = [], 0, row
     if row > position:
         yield ParquetPiece(position, row, b"".join(text))
+
+
+def _gathered(file: pq.ParquetFile, start: int, end: int) -> Iterator[list[pa.RecordBatch]]:
+    """The rows `[start, end)` as they can be written, about `_DECODED_BYTES` at a time."""
+    names = [str(number) for number in range(len(file.schema_arrow))]
+    rows, size = list[pa.RecordBatch](), 0
+    for batch in _decoded(file, start, end):
+        rows.append(pa.RecordBatch.from_arrays([writable(column) for column in batch.columns], names))
+        size += rows[-1].nbytes
+        if size >= _DECODED_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
 
 
 def _decoded(file: pq.ParquetFile, start: int, end: int) -> Iterator[pa.RecordBatch]:
@@ -182,9 +198,7 @@ def _decoded(file: pq.ParquetFile, start: int, end: int) -> Iterator[pa.RecordBa
                 )
 
 
-def _csv(rows: pa.RecordBatch) -> bytes:
-    columns = [writable(column) for column in rows.columns]
-    table = pa.RecordBatch.from_arrays(columns, names=[str(number) for number in range(len(columns))])
+def _csv(rows: list[pa.RecordBatch]) -> bytes:
     sink = pa.BufferOutputStream()
-    pa.csv.write_csv(table, sink, _CSV)
+    pa.csv.write_csv(pa.Table.from_batches(rows), sink, _CSV)
     return cast(bytes, sink.getvalue().to_pybytes())
