@@ -47,8 +47,11 @@ class Accounts:
         return Account(**row)
 
     async def put_admin(self, username: str, password_hash: str) -> Account:
-        """Create the account, or give it this password and make it an administrator."""
-        async with self._database.connection() as connection:
+        """Create the account, or give it this password and make it an administrator.
+
+        Tokens that it had are revoked: somebody else may have registered the name, or known the old password.
+        """
+        async with self._database.transaction() as connection:
             row = await connection.fetchrow(
                 "INSERT INTO sluice.accounts (username, password_hash, is_admin) VALUES ($1, $2, true)"
                 " ON CONFLICT (username) DO UPDATE SET password_hash = excluded.password_hash, is_admin = true"
@@ -56,7 +59,11 @@ class Accounts:
                 username,
                 password_hash,
             )
-        assert row is not None
+            assert row is not None
+            await connection.execute(
+                "UPDATE sluice.tokens SET revoked_at = now() WHERE account_id = $1 AND revoked_at IS NULL",
+                row["account_id"],
+            )
         return Account(**row)
 
     async def with_password_hash(self, username: str) -> tuple[Account, str] | None:

@@ -111,10 +111,16 @@ def wire(
 
 async def put_admin(settings: Settings, gateway: Gateway) -> None:
     """Create or update the administrator that the settings name."""
-    if settings.admin_username is None or settings.admin_password is None:
+    username, secret = settings.admin_username, settings.admin_password
+    if username is None or secret is None:
+        if username is not None or secret is not None:
+            log.warning("no administrator was made: set both SLUICE_ADMIN_USERNAME and SLUICE_ADMIN_PASSWORD")
         return
-    password_hash = await gateway.passwords.hash(settings.admin_password.get_secret_value())
-    await gateway.accounts.put_admin(settings.admin_username, password_hash)
+    password = secret.get_secret_value()
+    found = await gateway.accounts.with_password_hash(username)
+    if found is not None and found[0].is_admin and await gateway.passwords.matches(password, found[1]):
+        return
+    await gateway.accounts.put_admin(username, await gateway.passwords.hash(password))
 
 
 def main() -> None:

@@ -6,12 +6,16 @@ from pydantic import Field, PositiveFloat, PositiveInt, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
+MIN_PASSWORD_CHARACTERS = 10
 
 
 class Settings(BaseSettings):
-    """Settings from `SLUICE_*` variables; a `_FILE`-less, flat list so that a compose file can name them all."""
+    """Settings from `SLUICE_*` variables; a `_FILE`-less, flat list so that a compose file can name them all.
 
-    model_config = SettingsConfigDict(env_prefix="SLUICE_", extra="ignore")
+    An empty variable is one that is not set.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SLUICE_", extra="ignore", env_ignore_empty=True)
 
     # --- servers
     postgres_dsn: str = Field(description="postgresql://user:password@host:port/database")
@@ -31,7 +35,7 @@ class Settings(BaseSettings):
     gateway_port: int = 8080
     registration_enabled: bool = True
     admin_username: str | None = None
-    admin_password: SecretStr | None = None
+    admin_password: SecretStr | None = Field(default=None, min_length=MIN_PASSWORD_CHARACTERS)
     max_file_bytes: PositiveInt = 1024**4
     body_idle_seconds: PositiveFloat = Field(default=60, description="a body that sends nothing for so long is cut")
     command_reply_seconds: PositiveFloat = 5.0

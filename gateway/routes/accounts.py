@@ -8,6 +8,7 @@ from gateway.accounts import USERNAME_PATTERN
 from gateway.auth import new_token
 from gateway.operations import Answer, Auth, Body, Call, Operation, Reply, created
 from gateway.schemas import AccountView, NewTokenView, TokenList, TokenView
+from shared.config import MIN_PASSWORD_CHARACTERS
 from shared.domain.errors import Conflict, Forbidden, NotFound, TooManyRequests
 
 
@@ -19,7 +20,7 @@ def printable(text: str) -> str:
 
 class NewAccount(Body):
     username: str = Field(pattern=USERNAME_PATTERN)
-    password: str = Field(min_length=10, max_length=1000, json_schema_extra={"writeOnly": True})
+    password: str = Field(min_length=MIN_PASSWORD_CHARACTERS, max_length=1000, json_schema_extra={"writeOnly": True})
 
 
 class NewToken(Body):

@@ -4,12 +4,17 @@ import asyncio
 import base64
 
 import pytest
+from pydantic import ValidationError
 
 from gateway.passwords import QUEUE_PER_THREAD, Passwords
 from shared.adapters.postgres import PgDatabase
 from shared.config import Settings
 from shared.domain.errors import TooManyRequests
 from tests.gateway_process import PASSWORD, Client, basic, bearer, running_gateway
+
+
+def with_admin(settings: Settings, password: str = PASSWORD) -> Settings:
+    return Settings.model_validate({**settings.model_dump(), "admin_username": "root", "admin_password": password})
 
 
 async def test_an_account_that_registers_can_show_itself(nobody: Client) -> None:
@@ -48,8 +53,7 @@ async def test_a_bad_username_or_password_is_named(nobody: Client) -> None:
 
 
 async def test_closed_registration_is_open_to_administrators_only(settings: Settings) -> None:
-    admin = Settings.model_validate({**settings.model_dump(), "admin_username": "root", "admin_password": PASSWORD})
-    async with running_gateway(admin, registration_enabled=False) as nobody:
+    async with running_gateway(with_admin(settings), registration_enabled=False) as nobody:
         asked = {"username": "carol", "password": PASSWORD}
         assert (await nobody.post("/v1/accounts", asked)).code == "forbidden"
         assert (await nobody.post("/v1/accounts", asked, headers=basic("root"))).status == 201
@@ -59,11 +63,41 @@ async def test_closed_registration_is_open_to_administrators_only(settings: Sett
 
 async def test_the_administrators_password_is_the_one_of_the_last_start(settings: Settings) -> None:
     for password in ("first password", "second password"):
-        admin = Settings.model_validate({**settings.model_dump(), "admin_username": "root", "admin_password": password})
-        async with running_gateway(admin) as nobody:
+        async with running_gateway(with_admin(settings, password)) as nobody:
             assert (await nobody.get("/v1/accounts/me", headers=basic("root", password))).json["is_admin"]
     async with running_gateway(settings) as nobody:
         assert (await nobody.get("/v1/accounts/me", headers=basic("root", "first password"))).status == 401
+
+
+async def test_whoever_had_the_administrators_name_before_is_out(settings: Settings) -> None:
+    async with running_gateway(settings) as nobody:
+        squatter = await nobody.with_account("root")
+    async with running_gateway(with_admin(settings, "another password")) as nobody:
+        assert (await nobody.get("/v1/accounts/me", headers=squatter.headers)).status == 401
+        assert (await nobody.get("/v1/accounts/me", headers=basic("root"))).status == 401
+        assert (await nobody.get("/v1/accounts/me", headers=basic("root", "another password"))).json["is_admin"]
+
+
+async def test_the_administrators_tokens_end_with_the_password(settings: Settings) -> None:
+    async with running_gateway(with_admin(settings)) as nobody:
+        made = await nobody.post("/v1/tokens", {"name": "x"}, headers=basic("root"))
+        token = bearer(made.json["token"])
+    async with running_gateway(with_admin(settings)) as nobody:
+        assert (await nobody.get("/v1/accounts/me", headers=token)).json["is_admin"]
+    async with running_gateway(with_admin(settings, "another password")) as nobody:
+        assert (await nobody.get("/v1/accounts/me", headers=token)).status == 401
+
+
+@pytest.mark.parametrize("password", ["", "short"])
+def test_an_administrators_password_is_not_short(settings: Settings, password: str) -> None:
+    with pytest.raises(ValidationError, match="admin_password"):
+        with_admin(settings, password)
+
+
+def test_an_empty_variable_is_not_set(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**environment, "SLUICE_ADMIN_USERNAME": "root", "SLUICE_ADMIN_PASSWORD": ""}.items():
+        monkeypatch.setenv(name, value)
+    assert Settings().admin_password is None
 
 
 BAD_CREDENTIALS = [
