@@ -198,11 +198,13 @@ class ExportJob:
 
     async def _chunks(self, position: int, rows_before: int) -> AsyncIterator[Chunk]:
         """The file from `position` on."""
+        details = await self._segments.details()
         if position < HEAD:
             chunk = await self._reader.head()
+            if chunk.encoded.detail is not None:
+                details.append(chunk.encoded.detail)
             yield chunk
             position = chunk.end
-        details = await self._segments.details()
         if position < self._plan.data_end:
             left = None if self._params.limit is None else max(0, self._params.limit - rows_before)
             async with aclosing(self._reader.chunks(position, left)) as chunks:  # type: ignore[type-var]

@@ -62,8 +62,8 @@ class Reader:
     async def head(self) -> Chunk:
         """What the file begins with."""
         head = self._format.head()
-        if isinstance(head, bytes):
-            return Chunk(0, HEAD, 0, Encoded(head))
+        if isinstance(head, Encoded):
+            return Chunk(0, HEAD, 0, head)
         answer, _ = await self._copy(head, None)
         return Chunk(0, HEAD, 0, await self._format.encode(answer))
 

@@ -12,6 +12,9 @@ from shared.domain.errors import InvalidData
 # How PostgreSQL is asked, so that NULL and the empty text differ.
 COPY_OPTIONS = {"format": "csv"}
 
+# Arrow takes one away from the beginning of whatever it reads; COPY does not quote it.
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 _TIMES = ("date", "timestamp", "timestamptz")
 _REFUSED = re.compile(r"In CSV column #(\d+).*?: ?CSV conversion error to .*?: (.*)", re.DOTALL)
 
@@ -24,6 +27,8 @@ def table(answer: bytes, columns: Sequence[Column], types: Mapping[str, pa.DataT
     names = [column.name for column in columns]
     if not answer:
         return pa.table({name: pa.array([], types.get(name, pa.string())) for name in names})
+    if answer.startswith(_BYTE_ORDER_MARK):
+        answer = _BYTE_ORDER_MARK + answer
     try:
         return pa.csv.read_csv(
             pa.BufferReader(answer),

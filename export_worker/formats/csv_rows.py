@@ -25,9 +25,9 @@ class CsvRows:
     def content_type(self) -> str:
         return f"text/csv; charset=utf-8; header={'present' if self._output.header else 'absent'}"
 
-    def head(self) -> Copy | bytes:
+    def head(self) -> Copy | Encoded:
         if not self._output.header:
-            return b""
+            return Encoded(b"")
         names = [column.name for column in self._columns]
         if self._output.escape_formulas:
             names = [f"'{name}" if name.startswith(_FORMULA_STARTS) else name for name in names]
@@ -46,9 +46,8 @@ class CsvRows:
     def _force_quote(self) -> dict[str, Any]:
         if self._output.quoting is Quoting.ALL:
             return {"force_quote": True}
-        if self._output.escape_formulas:
-            return {"force_quote": [column.name for column in self._columns if column.type == "text"]}
-        return {}
+        texts = [column.name for column in self._columns if column.type == "text"]
+        return {"force_quote": texts} if self._output.escape_formulas and texts else {}
 
     def _selected(self, column: Column) -> str:
         name = quoted(column.name)

@@ -30,8 +30,8 @@ class Format(Protocol):
     @property
     def content_type(self) -> str: ...
 
-    def head(self) -> Copy | bytes:
-        """What the file begins with: these bytes, or what the server answers, encoded."""
+    def head(self) -> Copy | Encoded:
+        """What the file begins with: this, or what the server answers, encoded."""
         ...
 
     def rows(self, source: str) -> Copy:

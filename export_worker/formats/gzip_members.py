@@ -21,7 +21,7 @@ class Gzipped:
     def __init__(self, inner: Format) -> None:
         self._inner = inner
 
-    def head(self) -> Copy | bytes:
+    def head(self) -> Copy | Encoded:
         return self._inner.head()
 
     def rows(self, source: str) -> Copy:

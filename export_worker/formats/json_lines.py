@@ -19,8 +19,8 @@ class JsonLines:
     def __init__(self, columns: Sequence[Column]) -> None:
         self._select = ", ".join(quoted(column.name) for column in columns)
 
-    def head(self) -> bytes:
-        return b""
+    def head(self) -> Encoded:
+        return Encoded(b"")
 
     def rows(self, source: str) -> Copy:
         # r alone could be a column.

@@ -47,8 +47,8 @@ class Parquet:
         decimals = {name: pa.decimal128(precision, scale) for name, (precision, scale) in digits.items()}
         self._types = {column.name: _TYPES[column.type] for column in columns if column.type in _TYPES} | decimals
 
-    def head(self) -> bytes:
-        return MAGIC
+    def head(self) -> Encoded:
+        return Encoded(MAGIC)
 
     def rows(self, source: str) -> Copy:
         return Copy(f"SELECT {self._select} {source}", COPY_OPTIONS)

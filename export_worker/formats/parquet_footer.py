@@ -40,9 +40,10 @@ def joined_footer(empty_file: bytes, pages: Iterable[tuple[int, int, Iterable[by
     """The end of a file of MAGIC and these pages, each given as bytes, rows and groups; `empty_file` has the schema."""
     footer, _ = _footer(empty_file)
     position = rows = 0
-    groups: list[Struct] = []
+    # Written one by one: as Python values all groups of a large file are hundreds of megabytes.
+    groups: list[bytes] = []
     for size, count, described in pages:
-        groups += [_moved(read_struct(group), position) for group in described]
+        groups += [write_struct(_moved(read_struct(group), position)) for group in described]
         position += size
         rows += count
     footer[_FILE_ROWS] = Field(Type.I64, rows)

@@ -52,6 +52,7 @@ def read_struct(data: bytes) -> Struct:
 
 
 def write_struct(struct: Struct) -> bytes:
+    """A struct in it may be the bytes that this made of it before."""
     out = bytearray()
     _write_struct(out, struct)
     return bytes(out)
@@ -116,7 +117,10 @@ class _Reader:
         return value >> 1 ^ -(value & 1)
 
 
-def _write_struct(out: bytearray, struct: Struct) -> None:
+def _write_struct(out: bytearray, struct: Struct | bytes) -> None:
+    if isinstance(struct, bytes):
+        out += struct
+        return
     last = 0
     for number, (type_, value) in sorted(struct.items()):
         if 0 < number - last < 16:

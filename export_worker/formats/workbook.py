@@ -14,9 +14,9 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from datetime import UTC, date, datetime
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from isal import isal_zlib
 
@@ -48,14 +48,11 @@ _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _EMPTY = "<c/>"
 
 
-class _Frame(NamedTuple):
-    """A workbook without rows: what comes before its sheet's data, and after."""
+_STYLES = ({"bold": True}, {"num_format": "yyyy-mm-dd"}, {"num_format": "yyyy-mm-dd hh:mm:ss"})
+_HEADER_STYLE, _DATE_STYLE, _TIME_STYLE = (f' s="{number}"' for number in (1, 2, 3))
 
-    package: bytes
-    members: list[Member]
-    sheet_start: bytes
-    sheet_end: bytes
-    styles: dict[str, str]
+# What becomes cells at a time, of what the server answered: small numbers take fifty times as much.
+_SLICE_BYTES = 256 << 10
 
 
 class Workbook:
@@ -67,8 +64,8 @@ class Workbook:
         self._columns = columns
         self._select = ", ".join(quoted(column.name) for column in columns)
 
-    def head(self) -> bytes:
-        return self._head
+    def head(self) -> Encoded:
+        return _head(self._columns)
 
     def rows(self, source: str) -> Copy:
         return Copy(f"SELECT {self._select} {source}", COPY_OPTIONS)
@@ -79,51 +76,42 @@ class Workbook:
         return await asyncio.to_thread(self._encoded, answer)
 
     async def tail(self, details: Sequence[Any]) -> bytes:
-        return await asyncio.to_thread(self._tail, details)
-
-    @cached_property
-    def _frame(self) -> _Frame:
-        return _frame(self._columns)
-
-    @cached_property
-    def _head(self) -> bytes:
-        return self._frame.package + local_header(_SHEET) + _deflated(self._sheet_start)
-
-    @cached_property
-    def _sheet_start(self) -> bytes:
-        style = self._frame.styles["header"]
-        names = "".join(_text_cell(column.name, style) for column in self._columns)
-        return self._frame.sheet_start + f"<row>{names}</row>".encode()
+        return await asyncio.to_thread(_tail, details)
 
     def _encoded(self, answer: bytes) -> Encoded:
         rows = table(answer, self._columns, {})
-        cells = [
-            _cells(column, values.to_pylist(), self._frame.styles)
-            for column, values in zip(self._columns, rows.columns, strict=True)
-        ]
-        xml = "".join(f"<row>{''.join(row)}</row>" for row in zip(*cells, strict=True)).encode()
-        data = _deflated(xml)
-        return Encoded(data, {"bytes": len(data), "xml_bytes": len(xml), "crc": zlib.crc32(xml)})
-
-    def _tail(self, details: Sequence[Any]) -> bytes:
-        frame, start = self._frame, self._sheet_start
-        end = _deflated(frame.sheet_end, last=True)
-        size, packed, crc = len(start), len(_deflated(start)), zlib.crc32(start)
-        for detail in (
-            *details,
-            {"bytes": len(end), "xml_bytes": len(frame.sheet_end), "crc": zlib.crc32(frame.sheet_end)},
-        ):
-            size += detail["xml_bytes"]
-            packed += detail["bytes"]
-            crc = _joined_crc(crc, detail["crc"], detail["xml_bytes"])
-        if size > _MOST_SHEET_BYTES:
-            raise InvalidData("the rows are more than a workbook can hold (4 GiB); export fewer columns, or as csv")
-        sheet = Member(_SHEET, len(frame.package), size, packed, crc, streamed=True)
-        position = len(frame.package) + len(local_header(_SHEET)) + packed + len(descriptor(sheet))
-        return end + descriptor(sheet) + central_directory([*frame.members, sheet], position)
+        step = max(1, rows.num_rows * _SLICE_BYTES // len(answer))
+        sheet = _Piece()
+        for start in range(0, rows.num_rows, step):
+            some = rows.slice(start, step)
+            cells = [
+                _cells(column, values.to_pylist()) for column, values in zip(self._columns, some.columns, strict=True)
+            ]
+            sheet.add("".join(f"<row>{''.join(row)}</row>" for row in zip(*cells, strict=True)).encode())
+        return sheet.ended()
 
 
-def _frame(columns: Sequence[Column]) -> _Frame:
+def _tail(details: Sequence[Any]) -> bytes:
+    """The end for a head as it was written: whoever ends the file may have other libraries than who began it."""
+    head = details[0]
+    sheet = _Piece()
+    sheet.add(head["sheet_end"].encode())
+    end = sheet.ended(isal_zlib.Z_FINISH)
+    size = packed = crc = 0
+    for detail in (*details, end.detail):
+        size += detail["xml_bytes"]
+        packed += detail["bytes"]
+        crc = _joined_crc(crc, detail["crc"], detail["xml_bytes"])
+    if size > _MOST_SHEET_BYTES:
+        raise InvalidData("the rows are more than a workbook can hold (4 GiB); export fewer columns, or as csv")
+    data = Member(_SHEET, head["sheet_offset"], size, packed, crc, streamed=True)
+    position = data.offset + len(local_header(_SHEET)) + packed + len(descriptor(data))
+    members = [Member(*fields) for fields in head["members"]]
+    return end.data + descriptor(data) + central_directory([*members, data], position)
+
+
+def _head(columns: Sequence[Column]) -> Encoded:
+    """A workbook without rows, up to where they begin; the detail says what is needed to end it."""
     import xlsxwriter
 
     made = io.BytesIO()
@@ -132,33 +120,53 @@ def _frame(columns: Sequence[Column]) -> _Frame:
         book.set_properties({"created": datetime(2000, 1, 1, tzinfo=UTC)})
         sheet = book.add_worksheet("data")
         sheet.freeze_panes(1, 0)
-        formats = {
-            "header": book.add_format({"bold": True}),
-            "date": book.add_format({"num_format": "yyyy-mm-dd"}),
-            "time": book.add_format({"num_format": "yyyy-mm-dd hh:mm:ss"}),
-        }
         for number, column in enumerate(columns):
             sheet.set_column(number, number, 20 if column.type.startswith("timestamp") else 12)
-        for number, style in enumerate(formats.values()):
-            sheet.write_number(0, number, 0, style)
+        for number, style in enumerate(_STYLES):
+            sheet.write_number(0, number, 0, book.add_format(style))
     with zipfile.ZipFile(made) as zipped:
         parts = {name: zipped.read(name) for name in zipped.namelist()}
     xml = parts.pop(_SHEET)
     before, cells, after = re.split(rb"(?<=<sheetData>)(.*)(?=</sheetData>)", xml, maxsplit=1, flags=re.DOTALL)
-    numbers = re.findall(rb's="(\d+)"', cells)
-    styles = {name: f' s="{number.decode()}"' for name, number in zip(formats, numbers, strict=True)}
+    assert re.findall(rb's="(\d+)"', cells) == [b"1", b"2", b"3"], "styles are numbered as they come"
     package, members = b"", []
     for name, content in parts.items():
-        packed = _deflated(content, last=True)
+        part = _Piece()
+        part.add(content)
+        packed = part.ended(isal_zlib.Z_FINISH).data
         members.append(Member(name, len(package), len(content), len(packed), zlib.crc32(content)))
         package += local_header(name, members[-1]) + packed
-    return _Frame(package, members, re.sub(rb"<dimension [^>]*/>", b"", before), after, styles)
+    rows = _Piece()
+    rows.add(re.sub(rb"<dimension [^>]*/>", b"", before))
+    rows.add(f"<row>{''.join(_text_cell(column.name, _HEADER_STYLE) for column in columns)}</row>".encode())
+    start = rows.ended()
+    return Encoded(
+        package + local_header(_SHEET) + start.data,
+        {
+            **start.detail,
+            "members": [astuple(member) for member in members],
+            "sheet_offset": len(package),
+            "sheet_end": after.decode(),
+        },
+    )
 
 
-def _deflated(content: bytes, *, last: bool = False) -> bytes:
-    """A piece of a deflate stream that starts afresh and ends at a byte, so that pieces can be put together."""
-    packer = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, _RAW_DEFLATE)
-    return packer.compress(content) + packer.flush(isal_zlib.Z_FINISH if last else isal_zlib.Z_SYNC_FLUSH)
+class _Piece:
+    """A piece of a member: it starts a deflate stream afresh and ends at a byte, so that pieces can be put together."""
+
+    def __init__(self) -> None:
+        self._packer = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, _RAW_DEFLATE)
+        self._data: list[bytes] = []
+        self._xml_bytes = self._crc = 0
+
+    def add(self, xml: bytes) -> None:
+        self._data.append(self._packer.compress(xml))
+        self._xml_bytes += len(xml)
+        self._crc = zlib.crc32(xml, self._crc)
+
+    def ended(self, flush: int = isal_zlib.Z_SYNC_FLUSH) -> Encoded:
+        data = b"".join([*self._data, self._packer.flush(flush)])
+        return Encoded(data, {"bytes": len(data), "xml_bytes": self._xml_bytes, "crc": self._crc})
 
 
 def _joined_crc(first: int, second: int, second_bytes: int) -> int:
@@ -175,12 +183,12 @@ def _joined_crc(first: int, second: int, second_bytes: int) -> int:
 # --- cells
 
 
-def _cells(column: Column, values: Sequence[str | None], styles: dict[str, str]) -> list[str]:
+def _cells(column: Column, values: Sequence[str | None]) -> list[str]:
     write = _WRITERS.get(column.type)
     try:
         if write is None:
             return [_EMPTY if value is None else _text_cell(value) for value in values]
-        return [_EMPTY if value is None else write(value, styles) or _text_cell(value) for value in values]
+        return [_EMPTY if value is None else write(value) or _text_cell(value) for value in values]
     except InvalidData as error:
         raise InvalidData(
             f"column {column.name!r}: {error.detail}; leave it out, or export as csv", column=column.name
@@ -188,36 +196,38 @@ def _cells(column: Column, values: Sequence[str | None], styles: dict[str, str])
 
 
 def _text_cell(text: str, style: str = "") -> str:
-    if len(text) > MAX_CELL_CHARACTERS:
-        raise InvalidData(f"a text has {len(text)} characters; a cell of a workbook holds {MAX_CELL_CHARACTERS}")
+    # Excel counts UTF-16 units.
+    length = len(text) if text.isascii() else len(text.encode("utf-16-le")) // 2
+    if length > MAX_CELL_CHARACTERS:
+        raise InvalidData(f"a text has {length} characters; a cell of a workbook holds {MAX_CELL_CHARACTERS}")
     safe = _UNSAFE.sub(lambda found: f"_x{ord(found.group()):04X}_", text).translate(_ENTITIES)
     return f'<c{style} t="inlineStr"><is><t xml:space="preserve">{safe}</t></is></c>'
 
 
-def _number(text: str, styles: dict[str, str]) -> str | None:
+def _number(text: str) -> str | None:
     digits = text.lstrip("-").replace(".", "")
     if not digits.isdigit() or len(digits.strip("0")) > _EXACT_DIGITS or len(digits) > 300:
         return None
     return f"<c><v>{text}</v></c>"
 
 
-def _double(text: str, styles: dict[str, str]) -> str | None:
+def _double(text: str) -> str | None:
     return None if text in ("NaN", "Infinity", "-Infinity") else f"<c><v>{text}</v></c>"
 
 
-def _boolean(text: str, styles: dict[str, str]) -> str:
+def _boolean(text: str) -> str:
     return f'<c t="b"><v>{int(text == "t")}</v></c>'
 
 
-def _date(text: str, styles: dict[str, str]) -> str | None:
+def _date(text: str) -> str | None:
     try:
         day = date.fromisoformat(text)
     except ValueError:
         return None
-    return f"<c{styles['date']}><v>{(day - _EPOCH).days}</v></c>" if day >= _DATES_FROM else None
+    return f"<c{_DATE_STYLE}><v>{(day - _EPOCH).days}</v></c>" if day >= _DATES_FROM else None
 
 
-def _time(text: str, styles: dict[str, str]) -> str | None:
+def _time(text: str) -> str | None:
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
@@ -226,10 +236,10 @@ def _time(text: str, styles: dict[str, str]) -> str | None:
         return None
     of_day = ((time.hour * 60 + time.minute) * 60 + time.second) * 1_000_000 + time.microsecond
     days = (time.date() - _EPOCH).days + of_day / _DAY_MICROSECONDS
-    return f"<c{styles['time']}><v>{days!r}</v></c>" if days < _DAYS_END else None
+    return f"<c{_TIME_STYLE}><v>{days!r}</v></c>" if days < _DAYS_END else None
 
 
-_WRITERS: dict[str, Callable[[str, dict[str, str]], str | None]] = {
+_WRITERS: dict[str, Callable[[str], str | None]] = {
     "bigint": _number,
     "numeric": _number,
     "double precision": _double,

@@ -114,6 +114,12 @@ async def test_formulas_are_written_as_text_when_asked(exporting: Scene) -> None
     ]
 
 
+async def test_formulas_are_looked_for_where_there_is_no_text(exporting: Scene) -> None:
+    load = await add_load(exporting, {"n": "bigint"}, "VALUES (-1)")
+    task = await export(exporting, csv={"escape_formulas": True})
+    assert await content(exporting, task) == await reference(exporting, [load], ["n"])
+
+
 CONDITIONS: list[tuple[list[dict[str, Any]], str]] = [
     ([{"column": "n", "op": "=", "value": 3}], "n = 3"),
     ([{"column": "n", "op": "!=", "value": "3"}], "n <> 3"),
