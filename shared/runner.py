@@ -13,7 +13,7 @@ Considerations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -31,16 +31,22 @@ from shared.ports.tasks import Progress, Standing, TaskStore
 log = structlog.get_logger()
 T = TypeVar("T")
 
+_SHUTDOWN = "the worker shuts down"
+
 
 @dataclass(frozen=True, slots=True)
 class RunnerPolicy:
-    """Times in seconds; `lanes` batch pipelines side by side."""
+    """Times in seconds; `lanes` batch pipelines side by side.
+
+    The message of a rollback is held for `rollback_seconds` at most: the broker takes it back after half an hour.
+    """
 
     lanes: int
     slice_seconds: float
     lease_seconds: float
     retry_backoff_seconds: float
     longest_backoff_seconds: float = 60.0
+    rollback_seconds: float = 600.0
 
 
 class _BatchWork:
@@ -194,7 +200,10 @@ class Runner:
         Does nothing when there is nothing to do. Returns only when the row says where the task stands, so that its
         message may be acknowledged.
         """
-        task = await self._patiently(lambda: self._store.claim(task_id, self._worker, steal_from=steal_from))
+        task = await self._claimed(
+            lambda: self._store.claim(task_id, self._worker, steal_from=steal_from),
+            lambda task: self._let_go(task, _SHUTDOWN),
+        )
         if task is None:
             return
         with (
@@ -204,33 +213,33 @@ class Runner:
             try:
                 await self._work(task, signal)
             except asyncio.CancelledError:
-                # shield: the same cancel would abort the write that hands the task to the next worker
-                await asyncio.shield(self._let_go(task, "the worker shuts down"))
+                await _uncut(self._let_go(task, _SHUTDOWN))
                 raise
             except BaseExceptionGroup as group:
-                await self._answer_for(task, _leading(group))
+                await _uncut(self._answer_for(task, _leading(group)))
             except Exception as error:
-                await self._answer_for(task, error)
+                await _uncut(self._answer_for(task, error))
 
     async def roll_back(self, task_id: TaskId, *, steal_from: Epoch | None = None) -> None:
-        """Undo an aborting task; retried with back-off until it is done or another worker has it."""
-        attempt = 0
-
-        async def claim() -> Task | None:
-            return await self._store.claim_rollback(task_id, self._worker, steal_from=steal_from)
-
-        while (task := await self._patiently(claim)) is not None:
-            with structlog.contextvars.bound_contextvars(task_id=task_id, epoch=task.epoch):
-                try:
+        """Undo an aborting task, or give it back for a later attempt. Returns as `run` does."""
+        task = await self._claimed(
+            lambda: self._store.claim_rollback(task_id, self._worker, steal_from=steal_from), self._put_off
+        )
+        if task is None:
+            return
+        with structlog.contextvars.bound_contextvars(task_id=task_id, epoch=task.epoch):
+            try:
+                async with asyncio.timeout(self._policy.rollback_seconds), asyncio.TaskGroup() as group:
+                    beat = group.create_task(self._beat(lambda: self._store.heartbeat(task.task_id, task.epoch)))
                     await self._undo(task)
-                except Exception as error:
-                    attempt += 1
-                    log.warning("rollback will be tried again", error=str(error), attempt=attempt, exc_info=error)
-                else:
-                    return
-            await asyncio.sleep(self._backoff(attempt))
-            # The lease is our own: take the task from this claim again, but from no later one.
-            steal_from = Epoch(task.epoch - 1)
+                    beat.cancel()
+            except asyncio.CancelledError:
+                await _uncut(self._put_off(task))
+                raise
+            except BaseExceptionGroup as group:
+                await _uncut(self._put_off(task, _leading(group)))
+            except TimeoutError as error:
+                await _uncut(self._put_off(task, error))
 
     async def _undo(self, task: Task) -> None:
         kind = self._kinds[task.kind]
@@ -247,16 +256,16 @@ class Runner:
     async def _work(self, task: Task, signal: Signal) -> None:
         claim = RunnerClaim(task, self._database, self._store, signal)
         async with asyncio.TaskGroup() as group:
-            beat = group.create_task(self._beat(claim))
+            beat = group.create_task(self._beat(claim.look_again))
             await self._drive(claim, signal)
             beat.cancel()
 
-    async def _beat(self, claim: RunnerClaim) -> None:
+    async def _beat(self, look: Callable[[], Awaitable[object]]) -> None:
         while True:
             await asyncio.sleep(self._policy.lease_seconds / 4)
             try:
                 async with asyncio.timeout(self._policy.lease_seconds):
-                    await claim.look_again()
+                    await look()
             except (DatabaseUnavailable, TimeoutError):
                 log.warning("no heartbeat: PostgreSQL does not answer")
 
@@ -382,8 +391,29 @@ class Runner:
 
         await self._patiently(hand_over)
 
+    async def _put_off(self, task: Task, error: BaseException | None = None) -> None:
+        """Give a rollback that we still hold to whoever takes it next; after an error, later."""
+        if isinstance(error, Fenced):
+            return  # rolled back in the meantime, or somebody else's
+        delay = 0.0
+        if error is not None:
+            delay = self._backoff(task.attempts)
+            log.warning("rollback will be tried again", error=str(error), attempt=task.attempts, exc_info=error)
+        await self._patiently(lambda: self._store.put_off_rollback(task.task_id, task.epoch, delay_seconds=delay))
+
     async def _move(self, task: Task, trigger: Trigger, reason: str | None = None) -> Task | None:
         return await self._store.move(task.task_id, trigger, actor=self._worker, epoch=task.epoch, reason=reason)
+
+    async def _claimed(
+        self, claim: Callable[[], Coroutine[Any, Any, Task | None]], give_back: Callable[[Task], Awaitable[None]]
+    ) -> Task | None:
+        """Claim; a cancel in the middle of it must not leave a task with a worker that does not know of it."""
+
+        async def and_back(task: Task | None) -> None:
+            if task is not None:
+                await give_back(task)
+
+        return await self._patiently(lambda: _uncut(claim(), and_back))
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """Try until PostgreSQL answers: without it nobody can say where the task stands."""
@@ -399,6 +429,18 @@ class Runner:
     def _backoff(self, attempt: int) -> float:
         longest = self._policy.longest_backoff_seconds
         return min(longest, self._policy.retry_backoff_seconds * 2.0 ** min(attempt - 1, 30)) * random.uniform(0.75, 1)  # noqa: S311
+
+
+async def _uncut(work: Coroutine[Any, Any, T], if_cut: Callable[[T], Awaitable[None]] | None = None) -> T:
+    """Do `work` to its end although cancelled in the middle of it, and `if_cut` then; after that the cancel goes on."""
+    doing = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait([doing])
+        if doing.exception() is None and if_cut is not None:
+            await if_cut(doing.result())
+        raise
 
 
 def _leading(group: BaseExceptionGroup[BaseException]) -> BaseException:

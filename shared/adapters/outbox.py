@@ -3,12 +3,13 @@
 Considerations
 - A row is deleted only after the broker has confirmed its message: a crash in between sends it twice. Consumers are
   idempotent.
-- The direct send after a commit and the relay cannot both hold a row: the relay skips locked rows and leaves young
-  ones to the sender.
+- Two relays never hold the same row. The direct send after a commit locks nothing: the relay leaves young rows to it,
+  and when it takes longer than that, the message is sent twice.
 """
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 
 import structlog
 
@@ -22,7 +23,7 @@ log = structlog.get_logger()
 
 _INSERT = """
 INSERT INTO sluice.outbox (exchange, routing_key, body, due_at)
-VALUES ($1, $2, $3, now() + make_interval(secs => $4)) RETURNING outbox_id
+VALUES ($1, $2, $3, greatest(now(), $4::timestamptz)) RETURNING outbox_id, due_at <= now() AS is_due
 """
 _DELETE = "DELETE FROM sluice.outbox WHERE outbox_id = ANY($1)"
 _DUE = """
@@ -43,11 +44,12 @@ class PgOutbox:
         posted: list[tuple[int, str, str, Message]] = []
         async with database.transaction() as connection:
 
-            async def post(exchange: str, routing_key: str, message: Message, delay_seconds: float) -> None:
+            async def post(exchange: str, routing_key: str, message: Message, due_at: datetime | None) -> None:
                 body = message.model_dump(mode="json")
-                outbox_id = await connection.fetchval(_INSERT, exchange, routing_key, body, delay_seconds)
-                if delay_seconds <= 0:
-                    posted.append((outbox_id, exchange, routing_key, message))
+                row = await connection.fetchrow(_INSERT, exchange, routing_key, body, due_at)
+                assert row is not None
+                if row["is_due"]:
+                    posted.append((row["outbox_id"], exchange, routing_key, message))
 
             yield connection, post
         if posted:

@@ -76,7 +76,7 @@ UPDATE sluice.tasks t SET
     result      = coalesce($5::jsonb, t.result),
     bytes_total = CASE $2::jsonb ->> before.state WHEN 'succeeded' THEN t.bytes_done ELSE t.bytes_total END,
     rows_total  = CASE $2::jsonb ->> before.state WHEN 'succeeded' THEN t.rows_done ELSE t.rows_total END,
-    attempts    = CASE WHEN $9 AND NOT $2::jsonb ->> before.state = 'failed' THEN 0 ELSE t.attempts END,
+    attempts    = CASE WHEN $9 OR $2::jsonb ->> before.state = 'aborting' THEN 0 ELSE t.attempts END,
     worker      = CASE WHEN $2::jsonb ->> before.state IN ('running', 'pausing') THEN t.worker END,
     lease_until = CASE WHEN $2::jsonb ->> before.state IN ('running', 'pausing') THEN t.lease_until END,
     claimed_at  = CASE WHEN $2::jsonb ->> before.state IN ('running', 'pausing') THEN t.claimed_at END,
@@ -123,16 +123,24 @@ FOR UPDATE
 """
 
 _CLAIM_ROLLBACK = f"""
-UPDATE sluice.tasks t SET epoch = t.epoch + 1, worker = $2, lease_until = now() + make_interval(secs => $3),
-    updated_at = now()
+UPDATE sluice.tasks t SET epoch = t.epoch + 1, attempts = t.attempts + 1, worker = $2,
+    lease_until = now() + make_interval(secs => $3), updated_at = now()
 WHERE task_id = $1 AND state = 'aborting' AND (lease_until IS NULL OR lease_until < now() OR epoch <= $4::bigint + 1)
 RETURNING {_COLUMNS}
 """  # noqa: S608
 
-# An aborting task is only looked at: a lease would keep whoever rolls it back waiting.
+# Until its end the lease is nobody's, and keeps everybody from the next attempt.
+_PUT_OFF = f"""
+UPDATE sluice.tasks t SET worker = NULL, lease_until = now() + make_interval(secs => $3),
+    announced_at = now() + make_interval(secs => $3), updated_at = now()
+WHERE task_id = $1 AND epoch = $2 AND state = 'aborting'
+RETURNING {_COLUMNS}
+"""  # noqa: S608
+
+# An aborting task without a lease is only looked at: a lease would keep whoever rolls it back waiting.
 _HEARTBEAT = """
 UPDATE sluice.tasks SET updated_at = now(),
-    lease_until = CASE state WHEN 'aborting' THEN lease_until ELSE now() + make_interval(secs => $3) END
+    lease_until = CASE WHEN state <> 'aborting' OR lease_until IS NOT NULL THEN now() + make_interval(secs => $3) END
 WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing', 'aborting')
 RETURNING state, max_bytes_per_second
 """
@@ -302,6 +310,16 @@ class PgTaskStore:
         async with self._database.connection() as connection:
             row = await connection.fetchrow(_CLAIM_ROLLBACK, task_id, worker, self._policy.lease_seconds, steal_from)
             return None if row is None else _task(row)
+
+    async def put_off_rollback(self, task_id: TaskId, epoch: Epoch, *, delay_seconds: float) -> None:
+        async with self._outbox.transaction(self._database) as (connection, post):
+            row = await connection.fetchrow(_PUT_OFF, task_id, epoch, delay_seconds)
+            if row is None:
+                return
+            task = _task(row)
+            wanted = hint(task)
+            assert wanted is not None, "an aborting task has a rollback queue, from which this worker had it"
+            await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], task.lease_until)
 
     async def heartbeat(self, task_id: TaskId, epoch: Epoch) -> Standing:
         async with self._database.connection() as connection:
@@ -494,7 +512,7 @@ class PgTaskStore:
             for task in tasks:
                 wanted = hint(task)
                 assert wanted is not None, "only queued and aborting tasks are selected"
-                await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], 0.0)
+                await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], None)
             return tasks
 
     async def _moved(
@@ -572,15 +590,11 @@ class PgTaskStore:
         wanted = None if quietly else hint(task)
         if wanted is not None:
             # A start time or a back-off holds up work, never a rollback.
-            waits_until = task.not_before if task.state is TaskState.QUEUED else None
-            await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], _seconds_until(waits_until))
+            due_at = task.not_before if task.state is TaskState.QUEUED else None
+            await post(COMMANDS_EXCHANGE, wanted[0], wanted[1], due_at)
         if event in _BROADCAST:
-            await post(BROADCAST_EXCHANGE, "", told, 0.0)
-        await post(EVENTS_EXCHANGE, told.routing_key, told, 0.0)
-
-
-def _seconds_until(moment: datetime | None) -> float:
-    return 0.0 if moment is None else max(0.0, (moment - datetime.now(UTC)).total_seconds())
+            await post(BROADCAST_EXCHANGE, "", told, None)
+        await post(EVENTS_EXCHANGE, told.routing_key, told, None)
 
 
 def _fenced(task_id: TaskId, epoch: Epoch) -> Fenced:

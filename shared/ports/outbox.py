@@ -2,13 +2,14 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from typing import Protocol
 
 from shared.domain.messages import Message
 from shared.ports.database import Connection, Database
 
-# (exchange, routing key, message, delay in seconds)
-Post = Callable[[str, str, Message, float], Awaitable[None]]
+# (exchange, routing key, message, not before this moment of the database's clock)
+Post = Callable[[str, str, Message, datetime | None], Awaitable[None]]
 
 
 class Outbox(Protocol):

@@ -68,6 +68,10 @@ class TaskStore(Protocol):
         """The same for a task that is `aborting`."""
         ...
 
+    async def put_off_rollback(self, task_id: TaskId, epoch: Epoch, *, delay_seconds: float) -> None:
+        """Give a claimed rollback back, for any worker to take it later. Nothing happens when another has it by now."""
+        ...
+
     async def heartbeat(self, task_id: TaskId, epoch: Epoch) -> Standing:
         """Extend the lease and look at the controls. Raises Fenced."""
         ...

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -46,10 +47,10 @@ async def database(database_dsn: str) -> AsyncIterator[PgDatabase]:
         yield database
 
 
-async def post(outbox: PgOutbox, database: PgDatabase, *task_ids: int, delay_seconds: float = 0.0) -> None:
+async def post(outbox: PgOutbox, database: PgDatabase, *task_ids: int, due_at: datetime | None = None) -> None:
     async with outbox.transaction(database) as (_, say):
         for task_id in task_ids:
-            await say(COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask(task_id=TaskId(task_id)), delay_seconds)
+            await say(COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask(task_id=TaskId(task_id)), due_at)
 
 
 async def waiting(database: PgDatabase) -> list[int]:
@@ -70,7 +71,7 @@ async def test_what_was_rolled_back_is_never_said(database: PgDatabase) -> None:
 
     async def fail() -> None:
         async with PgOutbox(publisher).transaction(database) as (_, say):
-            await say(COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask(task_id=TaskId(1)), 0.0)
+            await say(COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask(task_id=TaskId(1)), None)
             raise InvalidData("no")
 
     with pytest.raises(InvalidData):
@@ -98,7 +99,7 @@ async def test_a_crash_between_commit_and_publish_is_made_good_by_the_relay(data
 
 async def test_the_relay_leaves_what_is_young_or_not_due(database: PgDatabase) -> None:
     publisher = Recorder()
-    await post(PgOutbox(publisher), database, 1, delay_seconds=3600)
+    await post(PgOutbox(publisher), database, 1, due_at=datetime.now(UTC) + timedelta(hours=1))
     assert publisher.sent == []
     await post(PgOutbox(None), database, 2)
     assert await relay(database, publisher, older_than_seconds=60) == 0

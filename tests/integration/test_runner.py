@@ -2,8 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from shared.runner import Runner, RunnerPolicy
 from sluice.stack import Stack
 from sluice.stack.services import Service
 from tests.faults.scene import Scene, open_scene
+from tests.tasks import POLICY as STORE_POLICY
 from tests.tasks import ROW_BYTES, assert_loaded, new_account, numbered_csv, silent_store, start, until
 
 POLICY = RunnerPolicy(lanes=3, slice_seconds=60, lease_seconds=60, retry_backoff_seconds=0.01)
@@ -333,9 +334,111 @@ async def test_a_rollback_that_fails_is_tried_again_until_it_is_done(bench: Benc
         if left:
             raise left.pop()
 
+    runner = bench.runner(Counting(on_undo=fail))
     async with asyncio.timeout(30):
-        await bench.runner(Counting(on_undo=fail)).roll_back(task_id)
+        while left:
+            await runner.roll_back(task_id)
+            assert (await bench.get(task_id)).worker is None, "nobody holds it between two attempts"
+        while (await bench.get(task_id)).state is TaskState.ABORTING:
+            await runner.roll_back(task_id)
     assert (await bench.get(task_id)).state is TaskState.ABORTED
+
+
+async def test_a_rollback_that_takes_long_keeps_its_lease(bench: Bench) -> None:
+    quick = Bench(bench.database, silent_store(bench.database, replace(STORE_POLICY, lease_seconds=0.4)), bench.account)
+    task_id = await quick.begin()
+    await quick.command(task_id, Command.ABORT)
+    go_on = asyncio.Event()
+    rolling_back = asyncio.create_task(quick.runner(Counting(on_undo=go_on.wait), lease_seconds=0.4).roll_back(task_id))
+    await until(lambda: claimed(quick, task_id))
+    first_lease = (await quick.get(task_id)).lease_until
+    assert first_lease is not None
+
+    async def beyond_it() -> bool:
+        async with quick.database.connection() as connection:
+            return bool(await connection.fetchval("SELECT now() > $1", first_lease))
+
+    await until(beyond_it)
+    assert await quick.store.claim_rollback(task_id, "another") is None
+    go_on.set()
+    await rolling_back
+    task = await quick.get(task_id)
+    assert (task.state, task.epoch) == (TaskState.ABORTED, 1)
+
+
+async def claimed(bench: Bench, task_id: TaskId) -> bool:
+    return (await bench.get(task_id)).worker is not None
+
+
+async def test_a_rollback_that_hangs_is_given_back_before_the_broker_loses_patience(bench: Bench) -> None:
+    task_id = await bench.begin()
+    await bench.command(task_id, Command.ABORT)
+    hangs = bench.runner(Counting(on_undo=asyncio.Event().wait), rollback_seconds=0.1)
+    async with asyncio.timeout(30):
+        await hangs.roll_back(task_id)
+        while (await bench.get(task_id)).state is TaskState.ABORTING:
+            await bench.runner(Counting()).roll_back(task_id)
+
+
+async def test_a_worker_that_is_stopped_gives_its_rollback_back_at_once(bench: Bench) -> None:
+    task_id = await bench.begin()
+    await bench.command(task_id, Command.ABORT)
+    rolling_back = asyncio.create_task(bench.runner(Counting(on_undo=asyncio.Event().wait)).roll_back(task_id))
+    await until(lambda: claimed(bench, task_id))
+    rolling_back.cancel()
+    await asyncio.wait([rolling_back])
+    assert rolling_back.cancelled()
+    await bench.runner(Counting()).roll_back(task_id)
+    assert (await bench.get(task_id)).state is TaskState.ABORTED
+
+
+@asynccontextmanager
+async def locked(bench: Bench) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
+    """All rows of tasks locked, and a way to see whether somebody waits for one."""
+    async with bench.database.transaction() as connection:
+        await connection.execute("SELECT FROM sluice.tasks FOR UPDATE")
+
+        async def somebody_waits() -> bool:
+            async with bench.database.connection() as other:
+                return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+        yield somebody_waits
+
+
+@pytest.mark.parametrize("aborting", [False, True], ids=["run", "roll back"])
+async def test_a_stop_in_the_middle_of_a_claim_leaves_the_task_to_the_next_worker(bench: Bench, aborting: bool) -> None:
+    task_id = await bench.begin()
+    if aborting:
+        await bench.command(task_id, Command.ABORT)
+    runner = bench.runner(Counting())
+    async with locked(bench) as somebody_waits:
+        working = asyncio.create_task((runner.roll_back if aborting else runner.run)(task_id))
+        await until(somebody_waits)
+        working.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait([working])
+    assert working.cancelled()
+    task = await bench.get(task_id)
+    assert (task.state, task.worker) == (TaskState.ABORTING if aborting else TaskState.QUEUED, None)
+    assert task.epoch == 1, "it was claimed before the worker knew of the stop"
+
+
+async def test_a_stop_while_an_error_is_written_down_does_not_keep_it_from_that(bench: Bench) -> None:
+    task_id = await bench.begin()
+    somebody_waits: asyncio.Future[Callable[[], Awaitable[bool]]] = asyncio.Future()
+    async with AsyncExitStack() as lock:
+
+        async def fail(_: int) -> None:
+            somebody_waits.set_result(await lock.enter_async_context(locked(bench)))
+            raise InvalidData("line 3")
+
+        working = asyncio.create_task(bench.runner(Counting(before_batch=fail), lanes=1).run(task_id))
+        await until(await somebody_waits)
+        working.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait([working])
+    task = await bench.get(task_id)
+    assert (task.state, task.worker) == (TaskState.FAILED, None)
 
 
 async def test_a_rate_that_is_raised_is_noticed_while_lanes_wait_for_the_old_one(bench: Bench) -> None:

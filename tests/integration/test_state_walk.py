@@ -58,7 +58,7 @@ class Model:
                 self.trail.append((self.state, target))
                 self.state = target
                 self.leased = self.leased and target in CLAIMED
-                if trigger == "resume":
+                if trigger == "resume" or target == "aborting":
                     self.attempts = 0
                 return True
         return False
@@ -82,6 +82,7 @@ class Model:
         if self.state != "aborting" or (self.leased and not came_back):
             return False
         self.epoch += 1
+        self.attempts += 1
         self.leased = True
         return True
 
@@ -201,8 +202,12 @@ class StoreWalk(RuleBasedStateMachine):
         expected = self.model.go("expire")
         assert [task.task_id for task in self.run(self.store.expire_due(actor="control"))] == [self.task_id] * expected
 
-    @rule(worker=st.sampled_from(WORKERS), back=st.none() | st.integers(0, 2), finishes=st.booleans())
-    def roll_back(self, worker: str, back: int | None, finishes: bool) -> None:
+    @rule(
+        worker=st.sampled_from(WORKERS),
+        back=st.none() | st.integers(0, 2),
+        then=st.sampled_from(["finish", "put off", "die"]),
+    )
+    def roll_back(self, worker: str, back: int | None, then: str) -> None:
         steal_from = None if back is None else max(0, self.model.epoch - back)
         expected = self.model.claim_rollback(steal_from)
         task = self.run(
@@ -211,9 +216,14 @@ class StoreWalk(RuleBasedStateMachine):
             )
         )
         assert (task is not None) is expected
-        if task is not None and finishes:
+        if task is None:
+            return
+        if then == "finish":
             assert self.model.go("roll_back")
             assert self.run(self.store.rolled_back(self.task_id, task.epoch, undo_nothing, actor=worker)) is not None
+        elif then == "put off":
+            self.run(self.store.put_off_rollback(self.task_id, task.epoch, delay_seconds=0))
+            self.model.leased = False
 
     def teardown(self) -> None:
         self.change("DELETE FROM sluice.tasks WHERE task_id = $1")

@@ -491,6 +491,48 @@ async def test_a_back_off_holds_up_the_task_and_its_hint_but_never_a_rollback(
     assert [tuple(row.values()) for row in rows] == [("RunTask", False), ("RunTask", True), ("RollBackTask", False)]
 
 
+async def test_a_hint_that_waits_is_due_when_its_task_is_whatever_the_clock_of_its_writer_says(
+    database: PgDatabase, store: PgTaskStore, account: AccountId
+) -> None:
+    task = await task_in(store, account, TaskState.RUNNING)
+    moved = await store.move(task.task_id, Trigger.YIELD, actor="w", epoch=task.epoch, delay_seconds=3600)
+    async with database.connection() as connection:
+        due_at = await connection.fetchval(
+            "SELECT max(due_at) FROM sluice.outbox WHERE exchange = $1", COMMANDS_EXCHANGE
+        )
+    assert moved is not None
+    assert due_at == moved.not_before
+
+
+async def test_a_rollback_that_is_put_off_is_nobodys_until_it_is_due(
+    database: PgDatabase, store: PgTaskStore, account: AccountId
+) -> None:
+    task = await task_in(store, account, TaskState.ABORTING)
+    held = await store.claim_rollback(task.task_id, "one")
+    assert held is not None
+    async with listening(database, task.task_id) as told:
+        await store.put_off_rollback(task.task_id, Epoch(held.epoch - 1), delay_seconds=3600)  # an earlier claim's
+    assert told.posted == []
+    async with listening(database, task.task_id) as told:
+        await store.put_off_rollback(task.task_id, held.epoch, delay_seconds=3600)
+    [(queue, body)] = told.to(COMMANDS_EXCHANGE)
+    assert (queue, body["type"], body["epoch"]) == (rollback_queue(IMPORT_QUEUE), "RollBackTask", held.epoch)
+    row = await get(store, task.task_id)
+    assert (row.state, row.worker, row.attempts) == (TaskState.ABORTING, None, 1)
+    assert await store.claim_rollback(task.task_id, "two") is None
+    assert await store.announce_overdue(older_than_seconds=0, queues={rollback_queue(IMPORT_QUEUE)}) == []
+    async with database.connection() as connection:
+        due_at = await connection.fetchval(
+            "SELECT max(due_at) FROM sluice.outbox WHERE exchange = $1", COMMANDS_EXCHANGE
+        )
+        assert due_at == row.lease_until
+        await connection.execute(
+            "UPDATE sluice.tasks SET lease_until = now() - interval '1 s', announced_at = now() - interval '1 s'"
+        )
+    assert len(await store.announce_overdue(older_than_seconds=0, queues={rollback_queue(IMPORT_QUEUE)})) == 1
+    assert await store.claim_rollback(task.task_id, "two") is not None
+
+
 async def test_the_plan_and_what_it_prepares_are_stored_together(
     database: PgDatabase, store: PgTaskStore, account: AccountId
 ) -> None:
