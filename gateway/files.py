@@ -6,11 +6,12 @@ Considerations
 - `publish` fails when the ledger's row is gone: then the sweeper has taken the object for an orphan.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from gateway.ranges import Representation
 from shared.domain.errors import TooSlow
 from shared.domain.task import AccountId, FileId
 from shared.ports.database import Connection, Database
@@ -28,6 +29,18 @@ class StoredFile:
     content_type: str
     task_id: int | None
     created_at: datetime
+
+    @property
+    def representation(self) -> Representation:
+        return Representation(self.bytes, self.etag, self.created_at)
+
+
+# Raises PreconditionFailed when the file that is there, if any, must not be replaced or deleted.
+Check = Callable[[Representation | None], None]
+
+
+def no_check(there: Representation | None) -> None:
+    """A `Check` that all files pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +114,35 @@ class Files:
             )
         return [StoredFile(**row) for row in rows]
 
-    async def delete(self, account_id: AccountId, file_id: int) -> bool:
+    async def delete(self, account_id: AccountId, file_id: int, check: Check = no_check) -> bool:
         """Take the file out of the listing; the sweeper removes its object. False when there is no such file."""
-        async with self._database.connection() as connection:
-            status = await connection.execute(
-                "UPDATE sluice.files SET deleted_at = now()"
-                " WHERE account_id = $1 AND file_id = $2 AND deleted_at IS NULL",
-                account_id,
-                file_id,
+        async with self._database.transaction() as connection:
+            file = _stored(
+                await connection.fetchrow(
+                    f"UPDATE sluice.files SET deleted_at = now()"  # noqa: S608
+                    f" WHERE account_id = $1 AND file_id = $2 AND deleted_at IS NULL RETURNING {_FILE}",
+                    account_id,
+                    file_id,
+                )
             )
-        return status == "UPDATE 1"
+            if file is not None:
+                check(file.representation)
+        return file is not None
 
     async def publish(
-        self, account_id: AccountId, name: str, *, object_key: str, size: int, etag: str, content_type: str
+        self,
+        account_id: AccountId,
+        name: str,
+        *,
+        object_key: str,
+        size: int,
+        etag: str,
+        content_type: str,
+        check: Check = no_check,
     ) -> tuple[StoredFile, bool]:
         """The object becomes the file of that name, and whether it replaced one, in one transaction.
 
-        Raises TooSlow when the object was swept.
+        Raises TooSlow when the object was swept, and what `check` raises.
         """
         async with self._database.transaction() as connection:
             # One publication of an account at a time: two of the same name would both find nothing to replace.
@@ -126,11 +151,15 @@ class Files:
             )
             if not await forget(connection, object_key):
                 raise TooSlow("the upload was silent for so long that it was cleared away; send it again")
-            replaced = await connection.execute(
-                "UPDATE sluice.files SET deleted_at = now() WHERE account_id = $1 AND name = $2 AND deleted_at IS NULL",
-                account_id,
-                name,
+            replaced = _stored(
+                await connection.fetchrow(
+                    f"UPDATE sluice.files SET deleted_at = now()"  # noqa: S608
+                    f" WHERE account_id = $1 AND name = $2 AND deleted_at IS NULL RETURNING {_FILE}",
+                    account_id,
+                    name,
+                )
             )
+            check(replaced.representation if replaced else None)
             row = await connection.fetchrow(
                 f"""
                 INSERT INTO sluice.files (account_id, name, object_key, bytes, etag, content_type)
@@ -144,7 +173,7 @@ class Files:
                 content_type,
             )
         assert row is not None
-        return StoredFile(**row), replaced == "UPDATE 1"
+        return StoredFile(**row), replaced is not None
 
 
 class Ledger:

@@ -37,17 +37,36 @@ class Part:
     end: int
 
 
+def check_write(headers: Mapping[str, str], there: Representation | None) -> None:
+    """Whether `there`, None when there is nothing, may be replaced or deleted. Raises PreconditionFailed."""
+    if (wanted := headers.get("If-Match")) is not None and not (there and _is_named(wanted, there)):
+        raise PreconditionFailed(
+            "there is no file with the ETag that If-Match names", etag=there.quoted_etag if there else None
+        )
+    if there is not None and (known := headers.get("If-None-Match")) is not None and _is_known(known, there):
+        raise PreconditionFailed("there is a file that If-None-Match rules out", etag=there.quoted_etag)
+
+
 def is_unmodified(headers: Mapping[str, str], there: Representation) -> bool:
     """Whether the client's copy is still good (304). Raises PreconditionFailed."""
     if (wanted := headers.get("If-Match")) is not None:
-        if wanted.strip() != "*" and there.quoted_etag not in _TAG.findall(wanted):
+        if not _is_named(wanted, there):
             raise PreconditionFailed("the file has another ETag than If-Match names", etag=there.quoted_etag)
     elif (date := _date(headers.get("If-Unmodified-Since"))) is not None and _seconds(there) > date:
         raise PreconditionFailed("the file was modified since", last_modified=there.last_modified)
     if (known := headers.get("If-None-Match")) is not None:
-        return known.strip() == "*" or there.quoted_etag in [tag.removeprefix("W/") for tag in _TAG.findall(known)]
+        return _is_known(known, there)
     date = _date(headers.get("If-Modified-Since"))
     return date is not None and _seconds(there) <= date
+
+
+def _is_named(tags: str, there: Representation) -> bool:
+    """Strong comparison: a weak tag never matches."""
+    return tags.strip() == "*" or there.quoted_etag in _TAG.findall(tags)
+
+
+def _is_known(tags: str, there: Representation) -> bool:
+    return tags.strip() == "*" or there.quoted_etag in [tag.removeprefix("W/") for tag in _TAG.findall(tags)]
 
 
 def wanted_part(headers: Mapping[str, str], there: Representation) -> Part | None:
@@ -93,6 +112,6 @@ def _date(text: str | None) -> datetime | None:
         return None
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return date if date.tzinfo is not None else date.replace(tzinfo=UTC)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import structlog
 
-from gateway.files import Files, Ledger, StoredFile, forget, still_ours
+from gateway.files import Check, Files, Ledger, StoredFile, forget, no_check, still_ours
 from shared.domain.errors import SluiceError
 from shared.domain.task import AccountId
 from shared.multipart import MultipartWriter
@@ -28,13 +28,21 @@ class Uploads:
         self._discarding: set[asyncio.Task[None]] = set()
 
     async def receive(
-        self, account_id: AccountId, name: str, content_type: str, body: AsyncIterator[bytes]
+        self,
+        account_id: AccountId,
+        name: str,
+        content_type: str,
+        body: AsyncIterator[bytes],
+        check: Check = no_check,
     ) -> tuple[StoredFile, bool]:
-        """Store `body` as the file `name`, and whether it replaced one.
+        """Store `body` as the file `name`, and whether it replaced one; `check` looks at the one that is there.
 
         Memory is bounded by a few parts, however slow the store. When it raises (what `body` raises included) no
         object, upload or ledger row is left; if the store is away, the sweeper removes them.
         """
+        if check is not no_check:  # before all the bytes are sent for nothing
+            there = await self._files.named(account_id, name)
+            check(there.representation if there else None)
         key = f"files/{account_id}/{secrets.token_hex(16)}"
         sending = _Sending(self._ledger, key)
         await self._ledger.open(key)
@@ -52,7 +60,7 @@ class Uploads:
                 await sending.keep_alive(at_once=True)
                 etag = await writer.finish()
             return await self._files.publish(
-                account_id, name, object_key=key, size=writer.bytes, etag=etag, content_type=content_type
+                account_id, name, object_key=key, size=writer.bytes, etag=etag, content_type=content_type, check=check
             )
         except BaseException:
             # shield: the cancel that ends the upload must not end the cleaning as well

@@ -3,6 +3,7 @@
 import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from urllib.parse import unquote
 
 from aiohttp import web
@@ -10,10 +11,10 @@ from pydantic import AwareDatetime, Field
 
 from gateway import bodies, paging
 from gateway.file_names import attachment, check_file_name
-from gateway.files import FileFilter, StoredFile
+from gateway.files import FileFilter, StoredFile, no_check
 from gateway.operations import Answer, Call, Operation, Query, Reply, created, refuse_content_encoding
 from gateway.problems import Malformed, UnsupportedMediaType
-from gateway.ranges import Part, Representation, is_unmodified, wanted_part
+from gateway.ranges import Part, check_write, is_unmodified, wanted_part
 from gateway.schemas import FilePage, FileView
 from shared.domain.errors import (
     InvalidRequest,
@@ -48,15 +49,25 @@ class ContentQuery(Query):
 
 
 async def put_file(call: Call) -> Reply:
-    """Store the body as a file. One of the same name is replaced, once all of the new one has arrived."""
+    """Store the body as a file. One of the same name is replaced, once all of the new one has arrived.
+
+    `If-None-Match: *` keeps what is there, and `If-Match` replaces that one only; they are looked at both before the
+    body is taken and when it has arrived.
+    """
     request, gateway = call.request, call.gateway
     name = check_file_name(_name_in_path(request))
     refuse_content_encoding(request)
+    if "Content-Range" in request.headers:
+        raise Malformed(
+            "a part of a file cannot be put (RFC 9110, section 14.5); send all of it, without Content-Range"
+        )
+    is_conditional = "If-Match" in request.headers or "If-None-Match" in request.headers
+    check = partial(check_write, request.headers) if is_conditional else no_check
     body = bodies.chunks(
         request, max_bytes=gateway.settings.max_file_bytes, idle_seconds=gateway.settings.body_idle_seconds
     )
     file, replaced = await gateway.uploads.receive(
-        call.account.account_id, name, _media_type(request), _counted(call, body)
+        call.account.account_id, name, _media_type(request), _counted(call, body), check
     )
     reply = created(f"/v1/files/{file.file_id}", FileView.of(file))
     return Reply(reply.body, 200 if replaced else 201, {**reply.headers, "ETag": f'"{file.etag}"'})
@@ -82,7 +93,8 @@ async def show_file(call: Call) -> Reply:
 async def delete_file(call: Call) -> Reply:
     """Delete a file."""
     file_id = call.id("file")
-    if not await call.gateway.files.delete(call.account.account_id, file_id):
+    check = partial(check_write, call.request.headers)
+    if not await call.gateway.files.delete(call.account.account_id, file_id, check):
         raise NotFound(f"there is no file {file_id}")
     return Reply(status=204)
 
@@ -91,14 +103,15 @@ async def download_file(call: Call, query: ContentQuery) -> web.StreamResponse:
     """Download a file, or one range of it."""
     file = await _file(call)
     headers = call.request.headers
-    there = Representation(file.bytes, file.etag, file.created_at)
+    there = file.representation
     common = {"ETag": there.quoted_etag, "Last-Modified": there.last_modified, "Cache-Control": "private, no-cache"}
     if is_unmodified(headers, there):
         return web.Response(status=304, headers=common)
     if query.redirect and call.request.method == "GET":
         link = call.gateway.objects.presign_get(file.object_key, LINK_SECONDS, filename=file.name.rpartition("/")[2])
         return web.Response(status=307, headers={"Location": link, "Cache-Control": "no-store"})
-    part = wanted_part(headers, there)
+    # HEAD has no ranges (RFC 9110, section 14.2).
+    part = wanted_part(headers, there) if call.request.method == "GET" else None
     response = web.StreamResponse(status=200 if part is None else 206, headers=common)
     response.headers["Accept-Ranges"] = "bytes"
     response.headers["Content-Type"] = file.content_type
@@ -168,7 +181,8 @@ _CONTENT_ANSWERS = {
     206: Answer("The range.", media_type="*/*", headers=["ETag", "Content-Range"]),
     304: Answer("The client's copy is still good."),
 }
-_CONTENT_PROBLEMS = [NotFound, PreconditionFailed, RangeNotSatisfiable]
+_CONTENT_PROBLEMS = [NotFound, PreconditionFailed]
+_IF_MATCH = "only if the file that is there has one of these ETags"
 
 OPERATIONS = [
     Operation(
@@ -179,19 +193,33 @@ OPERATIONS = [
             201: Answer("A new file.", FileView, headers=["Location", "ETag"]),
             200: Answer("The file of that name was replaced.", FileView, headers=["Location", "ETag"]),
         },
-        problems=[InvalidRequest, Malformed, TooLarge, TooSlow, UnsupportedMediaType],
+        problems=[InvalidRequest, Malformed, PreconditionFailed, TooLarge, TooSlow, UnsupportedMediaType],
+        request_headers={"If-Match": _IF_MATCH, "If-None-Match": "`*`: only if there is no file of that name"},
         streams_body=True,
         tail="file",
     ),
     Operation("GET", "/v1/files", list_files, {200: Answer("A page.", FilePage, headers=["Link"])}),
     Operation("GET", "/v1/files/{file}", show_file, {200: Answer("The file.", FileView)}, problems=[NotFound]),
-    Operation("DELETE", "/v1/files/{file}", delete_file, {204: Answer("It is deleted.")}, problems=[NotFound]),
+    Operation(
+        "DELETE",
+        "/v1/files/{file}",
+        delete_file,
+        {204: Answer("It is deleted.")},
+        problems=[NotFound, PreconditionFailed],
+        request_headers={"If-Match": _IF_MATCH},
+    ),
     Operation(
         "GET",
         "/v1/files/{file}/content",
         download_file,
         {**_CONTENT_ANSWERS, 307: Answer("A link into the object store.", headers=["Location"])},
+        problems=[*_CONTENT_PROBLEMS, RangeNotSatisfiable],
+    ),
+    Operation(
+        "HEAD",
+        "/v1/files/{file}/content",
+        download_file,
+        {status: answer for status, answer in _CONTENT_ANSWERS.items() if status != 206},
         problems=_CONTENT_PROBLEMS,
     ),
-    Operation("HEAD", "/v1/files/{file}/content", download_file, _CONTENT_ANSWERS, problems=_CONTENT_PROBLEMS),
 ]

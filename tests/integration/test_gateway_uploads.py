@@ -193,6 +193,45 @@ async def test_a_file_of_the_same_name_replaces_the_old_one(alice: Client) -> No
     assert [file["file_id"] for file in (await alice.get("/v1/files")).json["files"]] == [second.json["file_id"]]
 
 
+async def test_a_part_of_a_file_is_not_put(alice: Client) -> None:
+    await alice.put("/v1/files/a", b"0123456789")
+    refused = await alice.put("/v1/files/a", b"6789", headers={"Content-Range": "bytes 6-9/10"})
+    assert (refused.status, refused.code) == (400, "malformed")
+    assert [file["bytes"] for file in (await alice.get("/v1/files")).json["files"]] == [10]
+
+
+async def test_a_put_replaces_only_what_its_condition_names(
+    alice: Client, database: PgDatabase, object_store: S3ObjectStore
+) -> None:
+    async def put(**headers: str) -> tuple[int, str | None]:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        answer = await alice.put("/v1/files/a", b"x", headers=sent)
+        return answer.status, answer.headers.get("ETag")
+
+    assert (await put(If_Match="*"))[0] == 412
+    status, first = await put(If_None_Match="*")
+    assert (status, (await put(If_None_Match="*"))[0]) == (201, 412)
+    assert first is not None
+    assert (await put(If_None_Match=first))[0] == 412
+    assert (await put(If_Match='"other"'))[0] == 412
+    assert (await put(If_Match=f'"other", {first}'))[0] == 200
+    assert (await put(If_None_Match='"other"'))[0] == 200
+    answers = await asyncio.gather(
+        *(alice.put("/v1/files/new", b"%d" % n, headers={"If-None-Match": "*"}) for n in range(6))
+    )
+    assert sorted(answer.status for answer in answers) == [201] + [412] * 5
+    await nothing_left(database, object_store)
+
+
+async def test_a_file_is_deleted_only_if_its_condition_names_it(alice: Client) -> None:
+    put = await alice.put("/v1/files/a", b"x")
+    file = put.headers["Location"]
+    refused = await alice.delete(file, headers={"If-Match": '"other"'})
+    assert (refused.status, refused.code) == (412, "precondition-failed")
+    assert (await alice.get(file)).status == 200
+    assert (await alice.delete(file, headers={"If-Match": put.headers["ETag"]})).status == 204
+
+
 async def test_of_many_puts_of_one_name_at_once_one_file_remains(
     alice: Client, database: PgDatabase, object_store: S3ObjectStore
 ) -> None:
