@@ -8,6 +8,7 @@ import structlog
 from control_service.commands import CommandHandler
 from control_service.duties import every
 from control_service.reaper import Reaper
+from control_service.sealer import Sealer
 from control_service.sweeper import Sweeper
 from shared.adapters.catalog import PgCatalog
 from shared.adapters.migrations import migrate
@@ -24,7 +25,7 @@ from shared.worker import store_policy
 log = structlog.get_logger()
 
 # Advisory locks of the periodic duties, one each.
-RELAY_LOCK, REAPER_LOCK, SWEEPER_LOCK = 0x51_0001, 0x51_0002, 0x51_0003
+RELAY_LOCK, REAPER_LOCK, SWEEPER_LOCK, SEALER_LOCK = 0x51_0001, 0x51_0002, 0x51_0003, 0x51_0004
 COMMANDS_SIDE_BY_SIDE = 10
 
 
@@ -57,6 +58,7 @@ async def _control(settings: Settings) -> None:
                 (settings.relay_interval_seconds, relay_outbox, "relay", RELAY_LOCK),
                 (settings.reap_interval_seconds, reap, "reaper", REAPER_LOCK),
                 (settings.sweep_interval_seconds, sweep, "sweeper", SWEEPER_LOCK),
+                (settings.sweep_interval_seconds, Sealer(database, objects), "sealer", SEALER_LOCK),
             ):
                 group.create_task(every(seconds, duty, database, name=name, lock=lock))
 

@@ -26,9 +26,17 @@ _ORPHAN_IN_LEDGER = """
 SELECT object_key, upload_id FROM sluice.object_ledger o
 WHERE CASE WHEN task_id IS NULL THEN alive_until < now() - make_interval(secs => $1)
            ELSE NOT EXISTS (SELECT FROM sluice.tasks t WHERE t.task_id = o.task_id
-                            AND t.state NOT IN ('succeeded', 'aborted')) END
+                            AND t.state <> 'succeeded') END
 LIMIT 1 FOR UPDATE SKIP LOCKED
 """
+
+# What a worker had asked of the store when its task was aborted may be carried out after the rollback.
+_OF_ABORTED = """
+SELECT o.object_key, o.upload_id, t.ended_at < now() - make_interval(secs => $1) AS is_over
+FROM sluice.object_ledger o JOIN sluice.tasks t USING (task_id) WHERE t.state = 'aborted'
+ORDER BY t.ended_at LIMIT 1000
+"""
+_LATE_SECONDS = 120.0  # how long a request to the store may take
 
 _UNKNOWN_KEYS = """
 SELECT key FROM unnest($1::text[]) AS key
@@ -65,6 +73,7 @@ class Sweeper:
             self._orphan_tables,
             self._deleted_files,
             self._ledger,
+            self._of_aborted_tasks,
             self._unknown_uploads,
             self._unknown_objects,
         ):
@@ -105,6 +114,20 @@ class Sweeper:
                 await self._objects.delete(row["object_key"])
                 await connection.execute("DELETE FROM sluice.object_ledger WHERE object_key = $1", row["object_key"])
             log.warning("removed an object that its writer left", key=row["object_key"])
+
+    async def _of_aborted_tasks(self) -> None:
+        """Remove it again and again, until nothing can come any more."""
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(_OF_ABORTED, _LATE_SECONDS)
+        if not rows:
+            return
+        for row in rows:
+            if row["upload_id"] is not None:
+                await self._objects.abort_upload(row["object_key"], row["upload_id"])
+        await self._objects.delete(*(row["object_key"] for row in rows))
+        over = [row["object_key"] for row in rows if row["is_over"]]
+        async with self._database.connection() as connection:
+            await connection.execute("DELETE FROM sluice.object_ledger WHERE object_key = ANY($1)", over)
 
     async def _unknown_uploads(self) -> None:
         oldest = datetime.now(UTC) - self._orphan_age

@@ -4,11 +4,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from control_service.sealer import Sealer
 from control_service.sweeper import Sweeper
 from shared.adapters.catalog import Column, PgCatalog, create_stage
 from shared.adapters.objects import S3ObjectStore
 from shared.adapters.postgres import PgDatabase
-from shared.domain.task import AccountId, LoadId, TaskState
+from shared.domain.export_keys import WHOLE, key_of, segment_of
+from shared.domain.task import AccountId, Kind, LoadId, TaskState
 from tests.tasks import new_account, silent_store, task_in
 
 COLUMNS = [Column("n", "bigint")]
@@ -116,6 +118,59 @@ async def test_objects_of_a_task_stay_as_long_as_it_may_go_on(
         await write_down(database, f"exports/{state}", task_id=task.task_id)
     await sweeper(database, object_store)()
     assert await keys(object_store) == {"exports/paused"}
+
+
+@pytest.mark.parametrize("state", [TaskState.PAUSED, TaskState.FAILED, TaskState.RUNNING])
+async def test_an_upload_that_a_lost_worker_left_open_becomes_an_object_while_its_export_rests(
+    state: TaskState, database: PgDatabase, object_store: S3ObjectStore, account: AccountId
+) -> None:
+    task = await task_in(silent_store(database), account, state, kind=Kind.EXPORT)
+    first, second, whole = (key_of(task.task_id, segment, "x") for segment in (1, 2, WHOLE))
+    for key, body in ((first, b"part"), (second, b""), (whole, b"copy")):
+        upload_id = await object_store.create_upload(key)
+        await write_down(database, key, upload_id=upload_id, task_id=task.task_id)
+        # What came after the last commit is not part of the file.
+        await object_store.put_part(key, upload_id, 2, b"uncommitted")
+        if body:
+            part = await object_store.put_part(key, upload_id, 1, body)
+            async with database.connection() as connection:
+                await connection.execute(
+                    "INSERT INTO sluice.export_parts (task_id, segment, part_number, etag, bytes, rows, start_position,"
+                    " end_position) VALUES ($1, $2, 1, $3, $4, 0, 0, 0)",
+                    task.task_id,
+                    segment_of(key),
+                    part.etag,
+                    part.bytes,
+                )
+    for _ in range(2):
+        await Sealer(database, object_store)()
+        rests = state is not TaskState.RUNNING
+        assert await uploads(object_store) == (set() if rests else {first, second, whole})
+        assert await keys(object_store) == ({first} if rests else set())
+    async with database.connection() as connection:
+        sealed = "SELECT upload_id IS NULL FROM sluice.object_ledger WHERE object_key = $1"
+        assert await connection.fetchval(sealed, first) is rests
+    if rests:
+        assert (await object_store.stat(first)).bytes == 4
+
+
+async def test_what_the_store_does_after_an_abort_is_undone_until_it_can_do_nothing_more(
+    database: PgDatabase, object_store: S3ObjectStore, account: AccountId
+) -> None:
+    task = await task_in(silent_store(database), account, TaskState.ABORTED, kind=Kind.EXPORT)
+    key = key_of(task.task_id, 1, "x")
+    upload_id = await object_store.create_upload(key)
+    await write_down(database, key, upload_id=upload_id, task_id=task.task_id)
+    ledger = "SELECT count(*) FROM sluice.object_ledger"
+    for ended, left in ((0, 1), (0, 1), (200, 0)):
+        await object_store.put(key, b"completed late")
+        async with database.connection() as connection:
+            await connection.execute("UPDATE sluice.tasks SET ended_at = now() - make_interval(secs => $1)", ended)
+        await sweeper(database, object_store, orphan_age_seconds=3600)()
+        assert await keys(object_store) == set()
+        assert await uploads(object_store) == set()
+        async with database.connection() as connection:
+            assert await connection.fetchval(ledger) == left
 
 
 async def test_what_no_row_knows_goes_once_it_is_old(
