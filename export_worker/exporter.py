@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from time import monotonic
 from typing import Any
 
 import structlog
@@ -12,7 +13,7 @@ from export_worker import formats, snapshot
 from export_worker.formats.format import Encoded, Format
 from export_worker.publishing import check_name, publish_file
 from export_worker.reading import Chunk, Reader
-from export_worker.segments import Segments, WrittenPart, discard
+from export_worker.segments import Piece, Segments, discard
 from export_worker.selection import select
 from export_worker.snapshot import HEAD, Plan
 from export_worker.survey import survey
@@ -31,6 +32,8 @@ log = structlog.get_logger()
 
 # One answer of the server may be this many parts long before the range is read in halves.
 _MOST_PARTS = 4
+# The end of a slice begins another upload: only one that lasts for 64 GB needs larger parts for its 10,000.
+_EQUAL_PARTS, _GROWTH_STEP = 8000, 400
 
 
 class Export:
@@ -41,6 +44,8 @@ class Export:
         self._objects = tools.objects
         self._part_bytes = tools.settings.part_bytes
         self._ahead = tools.settings.lanes
+        # Whoever loses a worker shall wait about as long for what it had read as for its lease.
+        self._keep_seconds = tools.settings.lease_seconds / 4
 
     @asynccontextmanager
     async def open(self, claim: Claim) -> AsyncIterator["ExportJob"]:
@@ -60,7 +65,7 @@ class Export:
             ahead=self._ahead,
             most_bytes=_MOST_PARTS * plan.part_bytes,
         )
-        yield ExportJob(claim, params, plan, form, reader, segments)
+        yield ExportJob(claim, params, plan, form, reader, segments, keep_seconds=self._keep_seconds)
 
     async def discard(self, task: Task) -> None:
         async with self._database.connection() as connection:
@@ -70,6 +75,7 @@ class Export:
         await discard(self._objects, task, [(row["object_key"], row["upload_id"]) for row in rows])
 
     async def undo(self, task: Task, connection: Connection) -> None:
+        # The ledger stays for the sweeper: what the store was asked before may still be carried out.
         await _forget(connection, task)
 
     async def _plan(self, claim: Claim, params: ExportRequest) -> Plan:
@@ -88,33 +94,23 @@ class Export:
 
 @dataclass(slots=True)
 class _Outgoing:
-    """A part on its way: filled chunk by chunk, then sent."""
+    """One batch: the last of the pieces is new. Together they are part `number`, or (None) not enough for one yet."""
 
-    number: int
-    start: int
-    end: int
-    rows: int = 0
-    size: int = 0
-    body: list[bytes] = field(default_factory=list)
-    details: list[Any] = field(default_factory=list)
+    number: int | None
+    pieces: list[Piece]
+    part: Part | None = None
 
-    def add(self, chunk: Chunk) -> None:
-        self.end = chunk.end
-        self.rows += chunk.rows
-        self.size += len(chunk.encoded.data)
-        self.body.append(chunk.encoded.data)
-        if chunk.encoded.detail is not None:
-            self.details.append(chunk.encoded.detail)
-
-    def written(self, part: Part | None) -> WrittenPart:
-        return WrittenPart(self.start, self.end, self.rows, self.details, part)
+    @property
+    def new(self) -> Piece:
+        return self.pieces[-1]
 
 
 class ExportJob:
     """The `Job` of one claimed export.
 
     Parts are sent side by side and committed in order. So what is done is always one range from the start, the next
-    part's number follows from it, and a worker that dies costs at most the parts that were on their way.
+    part's number follows from it, and a worker that dies costs at most the parts that were on their way. Where a
+    scan finds so little that a part takes long to fill, what there is of it is kept in PostgreSQL.
     """
 
     def __init__(
@@ -125,6 +121,8 @@ class ExportJob:
         form: Format,
         reader: Reader,
         segments: Segments,
+        *,
+        keep_seconds: float,
     ) -> None:
         self._claim = claim
         self._params = params
@@ -134,7 +132,10 @@ class ExportJob:
         self._segments = segments
         self._bytes = claim.task.bytes_done
         self._rows = claim.task.rows_done
-        self._sent: dict[int, tuple[_Outgoing, Part | None]] = {}
+        self._keep_seconds = keep_seconds
+        self._gathered: Piece | None = None
+        self._gathered_since = 0.0
+        self._sent: dict[int, _Outgoing] = {}
         self._in_order = asyncio.Lock()
         self._file: tuple[str, ObjectStat] | None = None
 
@@ -145,26 +146,50 @@ class ExportJob:
         if start == self._plan.end:
             return
         number = await self._segments.begin()
-        part = _Outgoing(number, start, start)
-        async with aclosing(self._chunks(start, checkpoint.lines_before(start))) as chunks:  # type: ignore[type-var]
+        kept = await self._segments.kept()
+        details = await self._segments.details() + [detail for piece in kept for detail in piece.details]
+        piece = self._gather(start)
+        async with aclosing(self._chunks(start, checkpoint.lines_before(start), details)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
-                part.add(chunk)
-                if part.size >= part_size(number, self._plan.part_bytes) or chunk.end == self._plan.end:
-                    yield Batch(part.start, part.end, part, part.size)
+                _add(piece, chunk)
+                there = sum(earlier.size for earlier in kept) + piece.size
+                ends = chunk.end == self._plan.end
+                if there and (
+                    ends or there >= part_size(number, self._plan.part_bytes, equal=_EQUAL_PARTS, step=_GROWTH_STEP)
+                ):
+                    outgoing = _Outgoing(number, [*kept, piece])
                     number += 1
-                    part = _Outgoing(number, chunk.end, chunk.end)
+                    kept = []
+                elif ends or self._gathered_seconds() > self._keep_seconds:
+                    # One of its own: the part that it becomes a piece of may be sent before this is committed.
+                    outgoing = _Outgoing(None, [replace(piece)])
+                    if piece.size:
+                        kept.append(piece)
+                else:
+                    continue
+                self._gathered = None
+                yield Batch(piece.start, piece.end, outgoing, piece.size)
+                piece = self._gather(chunk.end)
 
     async def run(self, batch: Batch) -> None:
         outgoing: _Outgoing = batch.payload
-        part = None
-        if outgoing.size:
-            part = await self._segments.put(outgoing.number, outgoing.body)
-            outgoing.body.clear()
-        self._sent[outgoing.start] = outgoing, part
+        if outgoing.number is not None:
+            body = [data for piece in outgoing.pieces for data in piece.body]
+            outgoing.part = await self._segments.put(outgoing.number, body)
+            # Their turn to be committed may come later; their bytes need not wait for it.
+            body.clear()
+            for piece in outgoing.pieces:
+                piece.body = []
+        self._sent[batch.start] = outgoing
         async with self._in_order:
             await self._commit()
 
     async def seal(self) -> None:
+        gathered, self._gathered = self._gathered, None
+        # What was read in no time is read again sooner than kept.
+        if gathered and gathered.end > gathered.start and self._gathered_seconds() > self._keep_seconds / 5:
+            self._sent[gathered.start] = _Outgoing(None, [gathered])
+            await self._commit()
         await self._segments.seal()
 
     async def finish(self) -> None:
@@ -185,6 +210,7 @@ class ExportJob:
             content_type=self._format.content_type,
             overwrite=self._params.overwrite,
         )
+        await connection.execute("DELETE FROM sluice.object_ledger WHERE task_id = $1", task.task_id)
         await _forget(connection, task)
         return {
             "file_id": file_id,
@@ -196,44 +222,55 @@ class ExportJob:
             "loads": [load.load_id for load in self._plan.loads],
         }
 
-    async def _chunks(self, position: int, rows_before: int) -> AsyncIterator[Chunk]:
-        """The file from `position` on."""
-        details = await self._segments.details()
+    async def _chunks(self, position: int, rows_before: int, details: list[Any]) -> AsyncIterator[Chunk]:
+        """The file from `position` on; `details` are those of what is before, and grow."""
+        async with aclosing(self._content(position, rows_before)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                if chunk.encoded.detail is not None:
+                    details.append(chunk.encoded.detail)
+                yield chunk
+        tail = await self._format.tail(details)
+        yield Chunk(self._plan.data_end, self._plan.end, 0, Encoded(tail))
+
+    async def _content(self, position: int, rows_before: int) -> AsyncIterator[Chunk]:
         if position < HEAD:
             chunk = await self._reader.head()
-            if chunk.encoded.detail is not None:
-                details.append(chunk.encoded.detail)
             yield chunk
             position = chunk.end
         if position < self._plan.data_end:
             left = None if self._params.limit is None else max(0, self._params.limit - rows_before)
             async with aclosing(self._reader.chunks(position, left)) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
-                    if chunk.encoded.detail is not None:
-                        details.append(chunk.encoded.detail)
                     yield chunk
-        tail = await self._format.tail(details)
-        yield Chunk(self._plan.data_end, self._plan.end, 0, Encoded(tail))
 
     async def _commit(self) -> None:
         """Commit the parts that are next in order; a later part waits for the lane that has the one before."""
         position = self._claim.checkpoint.prefix(0)
-        ready: list[tuple[_Outgoing, Part | None]] = []
+        ready: list[_Outgoing] = []
         while position in self._sent:
             ready.append(self._sent.pop(position))
-            position = ready[-1][0].end
+            position = ready[-1].new.end
         if not ready:
             return
-        rows = sum(outgoing.rows for outgoing, _ in ready)
-        size = sum(outgoing.size for outgoing, _ in ready)
-        done = Range(ready[0][0].start, position, rows)
+        rows = sum(outgoing.new.rows for outgoing in ready)
+        size = sum(outgoing.new.size for outgoing in ready)
+        done = Range(ready[0].new.start, position, rows)
         async with self._claim.batch() as work:
-            for outgoing, part in ready:
-                if part is not None:
-                    await self._segments.record(work.connection, outgoing.number, outgoing.written(part))
+            for outgoing in ready:
+                if outgoing.part is not None:
+                    await self._segments.record(work.connection, outgoing.part, outgoing.pieces)
+                elif outgoing.new.size:
+                    await self._segments.keep(work.connection, outgoing.new)
             work.done(done, self._progress(done, size))
         self._bytes += size
         self._rows += rows
+
+    def _gather(self, position: int) -> Piece:
+        self._gathered, self._gathered_since = Piece(position, position), monotonic()
+        return self._gathered
+
+    def _gathered_seconds(self) -> float:
+        return monotonic() - self._gathered_since
 
     def _progress(self, done: Range, size: int) -> Progress:
         """The totals as the part that was written lets one guess them; at the end they are exact."""
@@ -249,8 +286,17 @@ class ExportJob:
         )
 
 
+def _add(piece: Piece, chunk: Chunk) -> None:
+    piece.end = chunk.end
+    piece.rows += chunk.rows
+    piece.size += len(chunk.encoded.data)
+    piece.body.append(chunk.encoded.data)
+    if chunk.encoded.detail is not None:
+        piece.details.append(chunk.encoded.detail)
+
+
 async def _forget(connection: Connection, task: Task) -> None:
-    """What the task noted for itself: from here on its objects have another owner, or are gone."""
-    await connection.execute("DELETE FROM sluice.object_ledger WHERE task_id = $1", task.task_id)
+    """What the task noted for itself."""
     await connection.execute("DELETE FROM sluice.export_parts WHERE task_id = $1", task.task_id)
+    await connection.execute("DELETE FROM sluice.export_remainders WHERE task_id = $1", task.task_id)
     await connection.execute("DELETE FROM sluice.load_pins WHERE task_id = $1", task.task_id)

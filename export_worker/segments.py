@@ -15,14 +15,15 @@ Considerations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import structlog
 
 from shared.domain.checkpoint import Checkpoint, Range
 from shared.domain.errors import CountMismatch, Fenced, StoreRefused, UploadLost, UploadMissing
-from shared.domain.task import Task, TaskId
+from shared.domain.export_keys import WHOLE, key_of, prefix, segment_of
+from shared.domain.task import Task
 from shared.ports.database import Connection
 from shared.ports.kinds import Claim
 from shared.ports.objects import Body, ObjectStat, ObjectStore, Part
@@ -35,12 +36,6 @@ T = TypeVar("T")
 _ENOUGH_PARTS = 4000
 # Times that the same segment is done again before the store is blamed.
 _MOST_LOSSES = 5
-_WHOLE = "whole"
-
-
-def prefix(task_id: TaskId) -> str:
-    """What the keys of a task's objects begin with."""
-    return f"exports/{task_id}/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +45,16 @@ class _Upload:
     upload_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenPart:
-    """A part that the store has, or None where a range had nothing to write, and what it is of the file."""
+@dataclass(slots=True)
+class Piece:
+    """The positions `start` to `end` as they are in the file. A part is one piece or several."""
 
     start: int
     end: int
-    rows: int
-    details: Sequence[Any]
-    part: Part | None
+    rows: int = 0
+    size: int = 0
+    body: list[bytes] = field(default_factory=list)
+    details: list[Any] = field(default_factory=list)
 
 
 class Segments:
@@ -69,7 +65,6 @@ class Segments:
         self._objects = objects
         self._content_type = content_type
         self._task_id = claim.task.task_id
-        self._prefix = prefix(self._task_id)
         self._sealed: dict[int, str] = {}
         self._open: _Upload | None = None
         self._whole: str | None = None
@@ -85,15 +80,15 @@ class Segments:
             )
         for row in rows:
             key, upload_id = row["object_key"], row["upload_id"]
-            name = key.removeprefix(self._prefix).partition("-")[0]
-            if name == _WHOLE and upload_id is None:
+            segment = segment_of(key)
+            if segment == WHOLE and upload_id is None:
                 self._whole = key
-            elif name == _WHOLE:
+            elif segment == WHOLE:
                 await self._drop(key, upload_id)
             elif upload_id is None:
-                self._sealed[int(name)] = key
+                self._sealed[segment] = key
             else:
-                self._open = _Upload(int(name), key, upload_id)
+                self._open = _Upload(segment, key, upload_id)
         if self._open is not None:
             await self._look_after(self._open)
 
@@ -115,23 +110,51 @@ class Segments:
         except UploadMissing as error:
             raise UploadLost("the object store no longer knows the upload; its parts will be done again") from error
 
-    async def record(self, connection: Connection, number: int, written: WrittenPart) -> None:
-        """Note a part, in the transaction that commits it."""
+    async def record(self, connection: Connection, part: Part, pieces: Sequence[Piece]) -> None:
+        """Note a part, in the transaction that commits it; its pieces need not be kept any more."""
         assert self._open is not None
-        assert written.part is not None
         await connection.execute(
             "INSERT INTO sluice.export_parts (task_id, segment, part_number, etag, bytes, rows, start_position,"
             " end_position, detail) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
             self._task_id,
             self._open.segment,
-            number,
-            written.part.etag,
-            written.part.bytes,
-            written.rows,
-            written.start,
-            written.end,
-            list(written.details) or None,
+            part.number,
+            part.etag,
+            part.bytes,
+            sum(piece.rows for piece in pieces),
+            pieces[0].start,
+            pieces[-1].end,
+            [detail for piece in pieces for detail in piece.details] or None,
         )
+        if len(pieces) > 1:
+            await connection.execute("DELETE FROM sluice.export_remainders WHERE task_id = $1", self._task_id)
+
+    async def keep(self, connection: Connection, piece: Piece) -> None:
+        """Keep a piece of a part that is not full, in the transaction that commits it."""
+        await connection.execute(
+            "INSERT INTO sluice.export_remainders (task_id, start_position, end_position, rows, data, detail)"
+            " VALUES ($1, $2, $3, $4, $5, $6)",
+            self._task_id,
+            piece.start,
+            piece.end,
+            piece.rows,
+            b"".join(piece.body),
+            piece.details or None,
+        )
+
+    async def kept(self) -> list[Piece]:
+        """What the next part begins with."""
+        async with self._claim.hold() as connection:
+            rows = await connection.fetch(
+                "SELECT start_position, end_position, rows, data, detail FROM sluice.export_remainders"
+                " WHERE task_id = $1 ORDER BY start_position",
+                self._task_id,
+            )
+        pieces = []
+        for row in rows:
+            start, end, count, data, details = row.values()
+            pieces.append(Piece(start, end, count, len(data), [data], details or []))
+        return pieces
 
     async def details(self) -> list[Any]:
         """What the format noted of all committed parts, in order."""
@@ -155,7 +178,7 @@ class Segments:
             self._open = None
             return
         try:
-            await self._objects.complete_upload(upload.key, upload.upload_id, parts)
+            await self._complete(upload, parts)
         except (UploadMissing, StoreRefused) as error:
             raise UploadLost(
                 f"the object store could not complete the upload; its parts will be done again ({error.detail})"
@@ -174,11 +197,14 @@ class Segments:
             await self._objects.delete(*left)
             async with self._claim.hold() as connection:
                 await connection.execute("DELETE FROM sluice.object_ledger WHERE object_key = ANY($1)", left)
-        stat = await self._objects.stat(self._whole)
         async with self._claim.hold() as connection:
             expected = await connection.fetchval(
                 "SELECT coalesce(sum(bytes), 0)::bigint FROM sluice.export_parts WHERE task_id = $1", self._task_id
             )
+        if not expected:
+            # Whoever wrote its key down may not have lived to write the object.
+            await self._objects.put(self._whole, b"", content_type=self._content_type)
+        stat = await self._objects.stat(self._whole)
         if stat.bytes != expected:
             raise CountMismatch(f"the file has {stat.bytes} bytes in the object store; {expected} were written")
         return self._whole, stat
@@ -187,23 +213,27 @@ class Segments:
 
     async def _create(self) -> None:
         segment = max(self._sealed, default=0) + 1
-        key = f"{self._prefix}{segment}-{secrets.token_hex(4)}"
+        key = key_of(self._task_id, segment, secrets.token_hex(4))
         upload_id = await self._objects.create_upload(key, content_type=self._content_type)
         await self._enter(key, upload_id)
         self._open = _Upload(segment, key, upload_id)
 
     async def _compose(self) -> None:
-        key = f"{self._prefix}{_WHOLE}-{secrets.token_hex(4)}"
+        key = key_of(self._task_id, WHOLE, secrets.token_hex(4))
         sources = [self._sealed[segment] for segment in sorted(self._sealed)]
         if not sources:
             await self._enter(key, None)
-            await self._objects.put(key, b"", content_type=self._content_type)
         else:
 
             async def enter(upload_id: str) -> None:
                 await self._enter(key, upload_id)
 
-            await self._objects.compose(key, sources, content_type=self._content_type, on_upload_created=enter)
+            try:
+                await self._objects.compose(key, sources, content_type=self._content_type, on_upload_created=enter)
+            except UploadMissing as error:
+                raise UploadLost(
+                    "the object store no longer knows the upload; the segments are joined again"
+                ) from error
             async with self._claim.hold() as connection:
                 await _set_whole(connection, key)
         self._whole = key
@@ -235,8 +265,8 @@ class Segments:
         except UploadMissing:
             try:
                 # Completed by a worker that did not live to note it?
-                await self._objects.complete_upload(upload.key, upload.upload_id, parts)
-            except UploadMissing:
+                await self._complete(upload, parts)
+            except (UploadMissing, StoreRefused):
                 await self._go_back(upload)
             else:
                 await self._note_sealed(upload)
@@ -246,6 +276,15 @@ class Segments:
         elif len(parts) >= _ENOUGH_PARTS:
             await self.seal()
 
+    async def _complete(self, upload: _Upload, parts: Sequence[Part]) -> None:
+        """Make an object of the upload. Raises UploadMissing and StoreRefused."""
+        await self._objects.complete_upload(upload.key, upload.upload_id, parts)
+        # A killed worker's completion may be carried out late, when there were more parts already than it named.
+        if (stat := await self._objects.stat(upload.key)).bytes != sum(part.bytes for part in parts):
+            raise UploadMissing(
+                f"the object store made an object of {stat.bytes} bytes of the upload, not of all parts"
+            )
+
     async def _go_back(self, upload: _Upload) -> None:
         """Undo the segment: its ranges are missing again."""
         await self._objects.abort_upload(upload.key, upload.upload_id)
@@ -253,7 +292,9 @@ class Segments:
         async with self._claim.hold() as connection:
             lost = await connection.fetchrow(
                 "SELECT min(start_position) AS start, sum(bytes)::bigint AS bytes, sum(rows)::bigint AS rows"
-                " FROM sluice.export_parts WHERE task_id = $1 AND segment = $2",
+                " FROM (SELECT start_position, bytes, rows FROM sluice.export_parts WHERE task_id = $1 AND segment = $2"
+                " UNION ALL"
+                " SELECT start_position, length(data), rows FROM sluice.export_remainders WHERE task_id = $1) lost",
                 self._task_id,
                 upload.segment,
             )
@@ -270,6 +311,7 @@ class Segments:
             await connection.execute(
                 "DELETE FROM sluice.export_parts WHERE task_id = $1 AND segment = $2", self._task_id, upload.segment
             )
+            await connection.execute("DELETE FROM sluice.export_remainders WHERE task_id = $1", self._task_id)
             await connection.execute("DELETE FROM sluice.object_ledger WHERE object_key = $1", upload.key)
 
         done = Checkpoint().add(Range(0, start, rows))

@@ -12,12 +12,12 @@ from shared.ports.objects import MIN_PART_BYTES, ObjectStore, Part, UploadHook
 log = structlog.get_logger(__name__)
 
 
-def part_size(number: int, part_bytes: int) -> int:
-    """The size of part `number`, at least `part_bytes`.
+def part_size(number: int, part_bytes: int, *, equal: int = 1000, step: int = 1000) -> int:
+    """The size of part `number`: `part_bytes` for the first `equal` parts, then doubled every `step`, up to 32 times.
 
-    It doubles every 1000 parts, up to 32 times, so that 10,000 parts hold 1.5 TB from 8 MiB on.
+    So 10,000 parts hold 1.5 TB from 8 MiB on.
     """
-    return part_bytes << min((number - 1) // 1000, 5)
+    return part_bytes << min(max(0, -(-(number - equal) // step)), 5)
 
 
 class MultipartWriter:

@@ -1,12 +1,16 @@
 """Datasets made without an import, exports of them, and PostgreSQL's own COPY as the reference."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from export_worker import snapshot
 from shared.adapters.catalog import Column, FinishedLoad, create_stage, publish_load
 from shared.adapters.postgres import quoted
 from shared.domain.export_params import ExportRequest
-from shared.domain.task import ENDED, Kind, LoadId, Task, TaskId, TaskState
+from shared.domain.task import ENDED, Command, Kind, LoadId, Task, TaskId, TaskState
+from shared.ports.objects import MIN_PART_BYTES
 from shared.ports.tasks import NewTask
 from tests.faults.scene import Scene
 
@@ -44,6 +48,53 @@ async def add_numbers(scene: Scene, rows: int, *, width: int = 200, dataset: str
         f"SELECT n, n || repeat('x', {width}) FROM generate_series(1, {rows}) n",
         dataset,
     )
+
+
+async def add_rare(scene: Scene, rows: int, dataset: str = "data") -> LoadId:
+    """The same, but in only one row of ten is `n` positive."""
+    return await add_load(
+        scene,
+        {"n": "bigint", "filling": "text"},
+        f"SELECT CASE WHEN n % 10 = 0 THEN n ELSE -n END, 'rare' FROM generate_series(1, {rows}) n",
+        dataset,
+    )
+
+
+@asynccontextmanager
+async def out_of_reach(scene: Scene, load: LoadId) -> AsyncIterator[None]:
+    """Whoever reads the load waits."""
+    async with scene.database.transaction() as connection:
+        await connection.execute(f"LOCK TABLE sluice_loads.load_{load} IN ACCESS EXCLUSIVE MODE")
+        yield
+
+
+async def reads(scene: Scene, load: LoadId) -> None:
+    """Wait until somebody waits for a load that is out of reach."""
+    waiting = "SELECT count(*) > 0 FROM pg_locks WHERE relation = $1::text::regclass::oid AND NOT granted"
+    await scene.when_value(waiting, True, f"sluice_loads.load_{load}")
+
+
+async def planned(scene: Scene, dataset: str = "data", **params: Any) -> TaskId:
+    """A paused export that knows what it reads and has read nothing."""
+    request = ExportRequest.model_validate({"kind": "export", "dataset": dataset, **params})
+    later = datetime.now(UTC) + timedelta(days=1)
+    new = NewTask(scene.account_id, Kind.EXPORT, request.model_dump(mode="json"), not_before=later)
+    task, _ = await scene.store.create(new, actor="test")
+    await scene.command(task.task_id, Command.PAUSE)
+    async with scene.database.connection() as connection:
+        plan = await snapshot.take(connection, task, request, part_bytes=MIN_PART_BYTES)
+        await snapshot.pin(connection, task, plan)
+        await connection.execute(
+            "UPDATE sluice.tasks SET plan = $2, not_before = NULL WHERE task_id = $1",
+            task.task_id,
+            plan.model_dump(mode="json"),
+        )
+        # The hint of tomorrow.
+        await connection.execute(
+            "DELETE FROM sluice.outbox WHERE body ->> 'task_id' = $1::bigint::text AND due_at > now() + interval '1 h'",
+            task.task_id,
+        )
+    return task.task_id
 
 
 async def begin_export(scene: Scene, dataset: str = "data", **params: Any) -> TaskId:
@@ -116,7 +167,10 @@ async def leftovers(scene: Scene, task_id: TaskId) -> dict[str, int]:
     prefix = f"exports/{task_id}/"
     found = await scene.leftovers(task_id)
     found.pop("uploads", None)  # of all tasks
-    found["parts"] = await scene.value("SELECT count(*) FROM sluice.export_parts WHERE task_id = $1", task_id)
+    if await scene.value("SELECT state FROM sluice.tasks WHERE task_id = $1", task_id) == TaskState.ABORTED:
+        found.pop("ledger", None)  # the sweeper's, for what the store may still do
+    for table in ("export_parts", "export_remainders"):
+        found[table] = await scene.value(f"SELECT count(*) FROM sluice.{table} WHERE task_id = $1", task_id)
     found["exports"] = len([upload async for upload in scene.objects.list_uploads(prefix)])
     files = {row["object_key"] for row in await scene.fetch("SELECT object_key FROM sluice.files")}
     found["objects"] = len([each async for each in scene.objects.list_objects(prefix) if each.key not in files])

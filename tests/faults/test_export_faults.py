@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +15,19 @@ from shared.ports.objects import MIN_PART_BYTES, Part
 from sluice.stack import Stack
 from sluice.stack.server import Server
 from sluice.stack.services import Service
-from tests.exports import add_numbers, begin_export, content, leftovers, reference, succeeded
+from tests.exports import (
+    add_numbers,
+    add_rare,
+    begin_export,
+    content,
+    export,
+    leftovers,
+    out_of_reach,
+    planned,
+    reads,
+    reference,
+    succeeded,
+)
 from tests.faults.scene import Scene, open_scene
 from tests.faults.tap import ConnectionCut, Tap
 from tests.tasks import QUICK
@@ -24,7 +36,12 @@ from tests.tasks import QUICK
 ROWS = 280_000
 SLOWLY = 3 * MIN_PART_BYTES
 LANES = 3
-ENVIRONMENT = {**QUICK, "SLUICE_PART_BYTES": str(MIN_PART_BYTES), "SLUICE_LANES": str(LANES)}
+ENVIRONMENT = {
+    **QUICK,
+    "SLUICE_PART_BYTES": str(MIN_PART_BYTES),
+    "SLUICE_LANES": str(LANES),
+    "SLUICE_SWEEP_INTERVAL_SECONDS": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +205,53 @@ async def test_a_killed_workers_upload_goes_on(fleet: Fleet) -> None:
     assert file_key == key
 
 
+@pytest.mark.parametrize("swept", [False, True])
+async def test_a_scan_that_finds_little_is_not_begun_again_after_each_kill(fleet: Fleet, swept: bool) -> None:
+    scene = fleet.scene
+    dataset = f"rare_{int(swept)}"
+    await add_numbers(scene, ROWS, dataset=dataset)
+    loads = [await add_rare(scene, 100, dataset) for _ in range(3)]
+    condition = {"column": "n", "op": ">", "value": 0}
+    undisturbed = await content(scene, await export(scene, dataset, conditions=[condition], file_name=dataset))
+    task_id = await planned(scene, dataset, conditions=[condition])
+    async with AsyncExitStack() as behind:
+        doors = [await behind.enter_async_context(_door(scene, load)) for load in loads]
+        await scene.command(task_id, Command.RESUME)
+        for number, (load, door) in enumerate(zip(loads, doors, strict=True)):
+            await reads(scene, load)
+            # As long as a worker keeps to itself what it has read; a quarter of its lease.
+            await asyncio.sleep(0.6)
+            door.set()
+            await scene.when(task_id, lambda task, rows=ROWS + 10 * number: task.rows_done > rows)  # type: ignore[misc]
+            key, upload_id, _ = await fleet.orphaned(task_id)
+            # What the dead had asked for still waits.
+            await scene.fetch("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+            if swept and number == 1:
+                await scene.objects.abort_upload(key, upload_id)
+            await fleet.whole()
+    assert await content(scene, await succeeded(scene, task_id)) == undisturbed
+
+
+@asynccontextmanager
+async def _door(scene: Scene, load: LoadId) -> AsyncIterator[asyncio.Event]:
+    """A load is out of reach until the event is set."""
+    opened = asyncio.Event()
+
+    async def keep() -> None:
+        async with out_of_reach(scene, load):
+            shut.set_result(None)
+            await opened.wait()
+
+    shut = asyncio.get_running_loop().create_future()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(keep())
+        await shut
+        try:
+            yield opened
+        finally:
+            opened.set()
+
+
 async def test_a_frozen_worker_changes_nothing_when_it_wakes_up(fleet: Fleet) -> None:
     task_id = await fleet.begun()
     task = await fleet.scene.store.get(task_id)
@@ -219,6 +283,38 @@ async def test_an_abort_at_any_moment_leaves_nothing_though_the_worker_is_killed
     await scene.abort(task_id)
     await fleet.whole()
     assert await leftovers(scene, task_id) == {}
+
+
+async def test_an_abort_that_meets_a_completion_on_its_way_leaves_nothing(fleet: Fleet) -> None:
+    scene = fleet.scene
+    endpoint = urlsplit(fleet.stack.environment()["SLUICE_S3_ENDPOINT"])
+    async with Tap(endpoint.port or 0) as tap:
+        on_its_way, let_through = asyncio.Event(), asyncio.Event()
+
+        async def hold_completion(_: int, chunk: bytes) -> bytes:
+            if chunk.startswith(b"POST ") and b"uploadId=" in chunk:
+                on_its_way.set()
+                await let_through.wait()
+            return chunk
+
+        async with fleet.behind(tap):
+            task_id = await begin_export(scene, max_bytes_per_second=SLOWLY)
+            await scene.when(task_id, lambda task: task.bytes_done > 0)
+            tap.up = hold_completion
+            await scene.command(task_id, Command.PAUSE)
+            await on_its_way.wait()
+            [row] = await scene.fetch(
+                "SELECT object_key, upload_id FROM sluice.object_ledger WHERE task_id = $1", task_id
+            )
+            await scene.command(task_id, Command.ABORT)
+            await fleet.whole()
+            await scene.until(task_id, TaskState.ABORTED)
+            let_through.set()
+    # As a store that was slow with it would have done.
+    await scene.objects.put(row["object_key"], b"completed")
+    async with asyncio.timeout(30):
+        while await leftovers(scene, task_id):  # noqa: ASYNC110 - the sweeper runs every second
+            await asyncio.sleep(0.1)
 
 
 # --- uploads
@@ -258,6 +354,39 @@ async def test_a_segment_that_was_completed_and_not_noted_counts(fleet: Fleet) -
     await fleet.whole()
     await scene.when(task_id, held(after_epoch=1, more_than=sum(part.bytes for part in parts)))
     await fleet.finished(task_id)
+
+
+async def test_a_completion_that_the_store_carries_out_late_costs_only_its_segment(fleet: Fleet) -> None:
+    scene = fleet.scene
+    task_id = await fleet.begun()
+    key, upload_id, parts = await fleet.orphaned(task_id)
+    await fleet.whole()
+    await scene.when(task_id, held(after_epoch=1, more_than=sum(part.bytes for part in parts)))
+    await scene.objects.complete_upload(key, upload_id, parts)
+    await fleet.finished(task_id)
+
+
+async def test_an_empty_file_is_written_though_the_worker_died_before(fleet: Fleet) -> None:
+    endpoint = urlsplit(fleet.stack.environment()["SLUICE_S3_ENDPOINT"])
+    async with Tap(endpoint.port or 0) as tap:
+        worker: Service
+        killed = asyncio.Event()
+
+        async def kill(_: int, chunk: bytes) -> bytes:
+            if b"/whole-" in chunk:
+                worker.kill()
+                killed.set()
+                raise ConnectionCut
+            return chunk
+
+        tap.up = kill
+        async with fleet.behind(tap) as worker:
+            nothing = [{"column": "n", "op": "<", "value": 0}]
+            task_id = await begin_export(fleet.scene, format="jsonl", conditions=nothing)
+            await killed.wait()
+            await fleet.whole()
+            task = await succeeded(fleet.scene, task_id)
+    assert await content(fleet.scene, task) == b""
 
 
 async def test_a_part_overwritten_by_other_bytes_is_noticed(fleet: Fleet) -> None:
@@ -300,6 +429,24 @@ async def test_an_export_goes_on_after_a_restart_of_a_server(fleet: Fleet, serve
     if kill:
         await asyncio.to_thread(restarted.kill)
     await asyncio.to_thread(restarted.restart)
+    await fleet.finished(task_id)
+
+
+async def test_an_export_whose_worker_dies_on_the_way_to_its_pause_keeps_no_upload(fleet: Fleet) -> None:
+    scene = fleet.scene
+    task_id = await fleet.begun()
+    task = await scene.store.get(task_id)
+    assert task is not None
+    worker = fleet.holder(task)
+    worker.pause()
+    await scene.command(task_id, Command.PAUSE)
+    worker.kill()
+    worker.start()
+    await scene.until(task_id, TaskState.PAUSED)
+    sealed = "SELECT count(*) FROM sluice.object_ledger WHERE task_id = $1 AND upload_id IS NULL"
+    await scene.when_value(sealed, 1, task_id)
+    assert [upload async for upload in scene.objects.list_uploads(f"exports/{task_id}/")] == []
+    await scene.command(task_id, Command.RESUME)
     await fleet.finished(task_id)
 
 

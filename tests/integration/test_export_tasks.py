@@ -12,11 +12,15 @@ from shared.ports.objects import MIN_PART_BYTES
 from tests.exports import (
     add_load,
     add_numbers,
+    add_rare,
     begin_export,
     content,
     export,
     export_fails,
     leftovers,
+    out_of_reach,
+    planned,
+    reads,
     reference,
     succeeded,
 )
@@ -54,6 +58,24 @@ async def test_an_export_paused_and_resumed_writes_the_same_bytes(exporting: Sce
             break
         assert [upload async for upload in exporting.objects.list_uploads(f"exports/{task_id}/")] == []
         await exporting.command(task_id, Command.RESUME)
+    assert await content(exporting, await succeeded(exporting, task_id)) == undisturbed
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "xlsx"])
+async def test_a_pause_keeps_what_a_scan_has_found_though_it_fills_no_part(exporting: Scene, form: str) -> None:
+    loads = [await add_rare(exporting, 100) for _ in range(3)]
+    asked: dict[str, Any] = {"format": form, "conditions": [{"column": "n", "op": ">", "value": 0}]}
+    undisturbed = await content(exporting, await export(exporting, **asked))
+    task_id = await planned(exporting, **asked)
+    for number, load in enumerate(loads):
+        async with out_of_reach(exporting, load):
+            await exporting.command(task_id, Command.RESUME)
+            await reads(exporting, load)
+            # What was read in no time is not worth keeping.
+            await asyncio.sleep(1)
+            await paused(exporting, task_id)
+        assert (await exporting.until(task_id, TaskState.PAUSED)).rows_done == 10 * number
+    await exporting.command(task_id, Command.RESUME)
     assert await content(exporting, await succeeded(exporting, task_id)) == undisturbed
 
 
