@@ -16,6 +16,8 @@ from typing import Any
 from bench.data import lineitem
 from bench.report import MB, cores, latency_line, milliseconds, say
 from bench.system import Row, System, kill_now, running_system
+from shared.adapters.objects import S3ObjectStore
+from shared.config import Settings
 
 GOALS = {"pause": 0.3, "abort": 0.2, "recovery": 1.0}
 THROTTLED_BYTES_PER_SECOND = 20 * MB
@@ -177,6 +179,10 @@ class ExportControlBench(ControlBench):
         task_id = await self._system.start_import(self._file_id, "lineitem")
         await self._system.until(task_id, lambda row: row.state == "succeeded")
         self._system.workers = self._system.of("export-worker")
+        given = self._system.stack.environment().items()
+        self._objects = S3ObjectStore(
+            Settings(**{name.removeprefix("SLUICE_").lower(): value for name, value in given})  # type: ignore[arg-type]
+        )
 
     async def start(self, number: int, **params: Any) -> int:
         return await self._system.start_export("lineitem", "csv", f"lineitem-{number}.csv", **params)
@@ -186,6 +192,7 @@ class ExportControlBench(ControlBench):
         await self._system.call("DELETE", f"/v1/files/{task['result']['file_id']}")
 
     async def left(self, task_id: int) -> object:
-        return await self._system.database.fetchval(
-            "SELECT array_agg(object_key) FROM sluice.object_ledger WHERE task_id = $1", task_id
-        )
+        prefix = f"exports/{task_id}/"
+        return [found.key async for found in self._objects.list_objects(prefix)] + [
+            upload.key async for upload in self._objects.list_uploads(prefix)
+        ]
