@@ -11,9 +11,10 @@ import structlog
 
 from export_worker import formats, snapshot
 from export_worker.formats.format import Encoded, Format
+from export_worker.parts import Piece
 from export_worker.publishing import check_name, publish_file
 from export_worker.reading import Chunk, Reader
-from export_worker.segments import Piece, Segments, discard
+from export_worker.segments import Segments, discard
 from export_worker.selection import select
 from export_worker.snapshot import HEAD, Plan
 from export_worker.survey import survey
@@ -105,6 +106,13 @@ class _Outgoing:
         return self.pieces[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A batch that makes part `number` of the join."""
+
+    number: int
+
+
 class ExportJob:
     """The `Job` of one claimed export.
 
@@ -137,17 +145,30 @@ class ExportJob:
         self._gathered_since = 0.0
         self._sent: dict[int, _Outgoing] = {}
         self._in_order = asyncio.Lock()
+        self._all_committed = asyncio.Event()
         self._file: tuple[str, ObjectStat] | None = None
 
     async def batches(self, checkpoint: Checkpoint) -> AsyncIterator[Batch]:
+        end = self._plan.end
+        if checkpoint.prefix(0) < end:
+            async with aclosing(self._read(checkpoint)) as batches:  # type: ignore[type-var]
+                async for batch in batches:
+                    yield batch
+            # Only then it is known what is to be joined.
+            await self._all_committed.wait()
+        copies = await self._segments.begin_join()
+        # Their positions follow those of the file.
+        for start, stop in checkpoint.missing(end, end + copies):
+            for position in range(start, stop or start):
+                yield Batch(position, position + 1, _Copy(position - end + 1), 0)
+
+    async def _read(self, checkpoint: Checkpoint) -> AsyncIterator[Batch]:
+        """The parts of the file, and what is kept of one that takes long to fill."""
         # What was sent by a pump that was stopped before its turn came has not counted.
         self._sent.clear()
         start = checkpoint.prefix(0)
-        if start == self._plan.end:
-            return
         number = await self._segments.begin()
-        kept = await self._segments.kept()
-        details = await self._segments.details() + [detail for piece in kept for detail in piece.details]
+        kept, details = await self._segments.before()
         piece = self._gather(start)
         async with aclosing(self._chunks(start, checkpoint.lines_before(start), details)) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:
@@ -172,7 +193,10 @@ class ExportJob:
                 piece = self._gather(chunk.end)
 
     async def run(self, batch: Batch) -> None:
-        outgoing: _Outgoing = batch.payload
+        outgoing: _Outgoing | _Copy = batch.payload
+        if isinstance(outgoing, _Copy):
+            await self._copy(outgoing.number, Range(batch.start, batch.end))
+            return
         if outgoing.number is not None:
             body = [data for piece in outgoing.pieces for data in piece.body]
             outgoing.part = await self._segments.put(outgoing.number, body)
@@ -191,6 +215,7 @@ class ExportJob:
             self._sent[gathered.start] = _Outgoing(None, [gathered])
             await self._commit()
         await self._segments.seal()
+        await self._segments.rest()
 
     async def finish(self) -> None:
         if not self._claim.checkpoint.covers(0, self._plan.end):
@@ -264,6 +289,14 @@ class ExportJob:
             work.done(done, self._progress(done, size))
         self._bytes += size
         self._rows += rows
+        if position == self._plan.end:
+            self._all_committed.set()
+
+    async def _copy(self, number: int, where: Range) -> None:
+        part = await self._segments.copy(number)
+        async with self._claim.batch() as work:
+            await self._segments.record_copy(work.connection, part, self._plan.end)
+            work.done(where, Progress(0, 0))
 
     def _gather(self, position: int) -> Piece:
         self._gathered, self._gathered_since = Piece(position, position), monotonic()

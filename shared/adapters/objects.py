@@ -21,7 +21,6 @@ Considerations
   minio 7.2.20 keeps one of them under a misspelt name.
 """
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from datetime import timedelta
@@ -39,8 +38,8 @@ from shared.adapters.object_compose import Piece, plan_parts
 from shared.adapters.s3_client import S3Client
 from shared.adapters.s3_transfer import Transfers, size_of
 from shared.config import Settings
-from shared.domain.errors import ObjectMissing, SluiceError, StoreMisconfigured, StoreUnavailable, UploadMissing
-from shared.ports.objects import Body, ObjectInfo, ObjectStat, Part, UploadHook, UploadInfo
+from shared.domain.errors import ObjectMissing, StoreMisconfigured, StoreUnavailable, UploadMissing
+from shared.ports.objects import Body, ObjectInfo, ObjectStat, Part, UploadInfo
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +48,6 @@ OCTETS = "application/octet-stream"
 # which makes reading them cost many times as much.
 PART_TYPE = "application/x-part"
 PAGE = 1000  # S3's largest page of a listing
-COPIES_AT_ONCE = 4
 
 
 class S3ObjectStore:
@@ -191,55 +189,11 @@ class S3ObjectStore:
             if not page.is_truncated or marker == previous:
                 return
 
-    async def compose(
-        self,
-        key: str,
-        sources: Sequence[str],
-        *,
-        content_type: str = OCTETS,
-        on_upload_created: UploadHook | None = None,
-    ) -> ObjectStat:
-        stats = [await self.stat(source) for source in sources]
-        plan = plan_parts([stat.bytes for stat in stats])
-        if not plan:
-            await self.put(key, b"", content_type=content_type)
-            return await self.stat(key)
-        upload_id = await self.create_upload(key, content_type=content_type)
-        at_once = asyncio.Semaphore(COPIES_AT_ONCE)
+    async def plan_join(self, sources: Sequence[str]) -> "S3Join":
+        return S3Join(self, sources, [await self.stat(source) for source in sources])
 
-        async def make(number: int, pieces: Sequence[Piece]) -> Part:
-            async with at_once:
-                piece = pieces[0]
-                if len(pieces) == 1 and piece.copyable:
-                    return await self._copy_part(
-                        key, upload_id, number, sources[piece.source], stats[piece.source].etag, piece
-                    )
-                body = [
-                    chunk
-                    for piece in pieces
-                    async for chunk in self.read(
-                        sources[piece.source], etag=stats[piece.source].etag, start=piece.start, end=piece.end
-                    )
-                ]
-                return await self.put_part(key, upload_id, number, body)
-
-        try:
-            if on_upload_created:
-                await on_upload_created(upload_id)
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(make(n, pieces)) for n, pieces in enumerate(plan, start=1)]
-            await self.complete_upload(key, upload_id, [task.result() for task in tasks])
-        except BaseException as error:
-            try:
-                await asyncio.shield(self.abort_upload(key, upload_id))
-            except SluiceError as trouble:  # must not hide what led here; the sweeper finds the upload
-                log.warning("upload_left_behind", key=key, upload_id=upload_id, reason=trouble.detail)
-            if isinstance(error, BaseExceptionGroup):
-                raise error.exceptions[0] from None
-            raise
-        return await self.stat(key)
-
-    async def _copy_part(self, key: str, upload_id: str, number: int, source: str, etag: str, piece: Piece) -> Part:
+    async def copy_part(self, key: str, upload_id: str, number: int, source: str, etag: str, piece: Piece) -> Part:
+        """Have the store make a part of a piece of another object. Raises as `Join.make`."""
         headers: dict[str, str | list[str] | tuple[str]] = {
             "x-amz-copy-source": quote(f"/{self._s3.bucket}/{self._prefix}{source}"),
             "x-amz-copy-source-if-match": f'"{etag}"',
@@ -260,6 +214,33 @@ class S3ObjectStore:
     async def aclose(self) -> None:
         await self._transfers.aclose()
         self._s3.close()
+
+
+class S3Join:
+    """`shared.ports.objects.Join`."""
+
+    def __init__(self, store: S3ObjectStore, sources: Sequence[str], stats: Sequence[ObjectStat]) -> None:
+        self._store = store
+        self._sources = sources
+        self._stats = stats
+        self._plan = plan_parts([stat.bytes for stat in stats])
+
+    @property
+    def parts(self) -> int:
+        return len(self._plan)
+
+    async def make(self, key: str, upload_id: str, number: int) -> Part:
+        pieces = self._plan[number - 1]
+        if len(pieces) == 1 and pieces[0].copyable:
+            source = pieces[0].source
+            etag = self._stats[source].etag
+            return await self._store.copy_part(key, upload_id, number, self._sources[source], etag, pieces[0])
+        body = [chunk for piece in pieces async for chunk in self._read(piece)]
+        return await self._store.put_part(key, upload_id, number, body)
+
+    def _read(self, piece: Piece) -> AsyncGenerator[bytes, None]:
+        etag = self._stats[piece.source].etag
+        return self._store.read(self._sources[piece.source], etag=etag, start=piece.start, end=piece.end)
 
 
 def _latest(listed: Sequence[MinioPart]) -> list[Part]:

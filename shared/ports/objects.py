@@ -49,6 +49,20 @@ class UploadInfo:
     started_at: datetime
 
 
+class Join(Protocol):
+    """Objects that become one: the parts of an upload, to be made in any order. The sources stay."""
+
+    @property
+    def parts(self) -> int: ...
+
+    async def make(self, key: str, upload_id: str, number: int) -> Part:
+        """Make part `number`, from 1; a repeat overwrites.
+
+        Raises `UploadMissing`, and `ObjectMissing` or `SourceChanged` when a source is not as it was planned for.
+        """
+        ...
+
+
 class ObjectStore(Protocol):
     """An S3-compatible store. ETags are without quotes.
 
@@ -102,18 +116,10 @@ class ObjectStore(Protocol):
     async def abort_upload(self, key: str, upload_id: str) -> None:
         """Drop an upload and its parts. Idempotent; leaves a completed object alone."""
 
-    async def compose(
-        self,
-        key: str,
-        sources: Sequence[str],
-        *,
-        content_type: str = ...,
-        on_upload_created: UploadHook | None = None,
-    ) -> ObjectStat:
-        """Join `sources` in order into one object, inside the store but for pieces under 5 MiB.
+    async def plan_join(self, sources: Sequence[str]) -> "Join":
+        """How to join `sources` in order into one object, inside the store but for pieces under 5 MiB.
 
-        Idempotent: a repeat starts over and overwrites. Sources stay. Raises `ObjectMissing`,
-        `SourceChanged`.
+        Raises `ObjectMissing`.
         """
 
     async def delete(self, *keys: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -90,6 +91,18 @@ class Fleet:
         await self.scene.when(task_id, lambda task: task.bytes_done > 0)
         return task_id
 
+    async def segmented(self) -> TaskId:
+        """A paused export of three segments, with some left to do."""
+        task_id = await self.begun()
+        for _ in range(2):
+            await self.scene.command(task_id, Command.PAUSE)
+            before = (await self.scene.until(task_id, TaskState.PAUSED)).bytes_done
+            await self.scene.command(task_id, Command.RESUME)
+            await self.scene.when(task_id, lambda task, before=before: task.bytes_done > before)  # type: ignore[misc]
+        await self.scene.command(task_id, Command.PAUSE)
+        await self.scene.until(task_id, TaskState.PAUSED)
+        return task_id
+
     async def orphaned(self, task_id: TaskId) -> tuple[str, str, list[Part]]:
         """Kill all workers; answers the upload that they leave: key, id and committed parts."""
         for worker in self.workers:
@@ -112,11 +125,12 @@ class Fleet:
         return task
 
     @asynccontextmanager
-    async def behind(self, tap: Tap) -> AsyncIterator[Service]:
+    async def behind(self, tap: Tap, **changed: str) -> AsyncIterator[Service]:
         """Only one worker, that reaches the store through `tap`."""
         for worker in self.workers:
             worker.kill()
-        [worker] = self.stack.spawn("export-worker", 1, {**ENVIRONMENT, "SLUICE_S3_ENDPOINT": f"http://{tap.address}"})
+        environment = {**ENVIRONMENT, **changed, "SLUICE_S3_ENDPOINT": f"http://{tap.address}"}
+        [worker] = self.stack.spawn("export-worker", 1, environment)
         try:
             yield worker
         finally:
@@ -343,7 +357,7 @@ async def test_an_upload_swept_under_a_running_worker_is_done_again(fleet: Fleet
     await scene.objects.abort_upload(row["object_key"], row["upload_id"])
     task = await fleet.finished(task_id)
     assert task.claims == 2
-    assert any("no longer knows the upload" in (reason or "") for _, reason in await scene.events(task_id))
+    assert any("no longer has the upload" in (reason or "") for _, reason in await scene.events(task_id))
 
 
 async def test_a_segment_that_was_completed_and_not_noted_counts(fleet: Fleet) -> None:
@@ -415,6 +429,71 @@ async def test_a_store_that_loses_every_upload_fails_the_export_in_the_end(fleet
     assert "lost the same upload 5 times" in task.error["detail"]
     await scene.command(task_id, Command.RESUME)
     await fleet.finished(task_id)
+
+
+# --- the join of the segments
+
+COPIES = "SELECT count(*) > 0 FROM sluice.export_parts WHERE task_id = $1 AND segment = 0"
+
+
+@asynccontextmanager
+async def joining(fleet: Fleet, **changed: str) -> AsyncIterator[tuple[TaskId, Service, list[bytes]]]:
+    """An export whose segments a worker of its own copies, slowly; one is done. The copies so far."""
+    task_id = await fleet.segmented()
+    endpoint = urlsplit(fleet.stack.environment()["SLUICE_S3_ENDPOINT"])
+    copied: list[bytes] = []
+    async with Tap(endpoint.port or 0) as tap:
+
+        async def slowly(_: int, chunk: bytes) -> bytes:
+            if b"x-amz-copy-source" in chunk.lower():
+                copied.extend(re.findall(rb"partNumber=(\d+)", chunk))
+                await asyncio.sleep(0.7)
+            return chunk
+
+        tap.up = slowly
+        async with fleet.behind(tap, SLUICE_LANES="1", **changed) as worker:
+            await fleet.scene.command(task_id, Command.RESUME)
+            await fleet.scene.when_value(COPIES, True, task_id)
+            yield task_id, worker, copied
+
+
+async def test_a_join_goes_on_where_its_slice_and_its_worker_ended(fleet: Fleet) -> None:
+    async with joining(fleet, SLUICE_SLICE_SECONDS="1.5") as (task_id, worker, copied):
+        worker.kill()
+        worker.start()
+        await fleet.scene.until(task_id, TaskState.SUCCEEDED)
+    # One was on its way when the worker was killed.
+    assert 3 <= len(set(copied)) <= len(copied) <= len(set(copied)) + 1
+    assert sum(reason == "its slice is over" for _, reason in await fleet.scene.events(task_id)) > 0
+    await fleet.finished(task_id)
+
+
+async def test_a_pause_gives_up_a_join_and_a_resume_begins_another(fleet: Fleet) -> None:
+    scene = fleet.scene
+    async with joining(fleet) as (task_id, _, _):
+        await scene.command(task_id, Command.PAUSE)
+        await scene.until(task_id, TaskState.PAUSED)
+        assert [upload async for upload in scene.objects.list_uploads(f"exports/{task_id}/")] == []
+        assert not await scene.value(COPIES, task_id)
+        await scene.command(task_id, Command.RESUME)
+        await scene.until(task_id, TaskState.SUCCEEDED)
+    await fleet.finished(task_id)
+
+
+async def test_a_join_whose_upload_is_swept_is_done_again(fleet: Fleet) -> None:
+    scene = fleet.scene
+    async with joining(fleet) as (task_id, _, _):
+        [upload] = [upload async for upload in scene.objects.list_uploads(f"exports/{task_id}/")]
+        await scene.objects.abort_upload(upload.key, upload.upload_id)
+        await scene.until(task_id, TaskState.SUCCEEDED)
+    assert any("no longer has the upload" in (reason or "") for _, reason in await scene.events(task_id))
+    await fleet.finished(task_id)
+
+
+async def test_an_abort_during_the_join_leaves_nothing(fleet: Fleet) -> None:
+    async with joining(fleet) as (task_id, _, _):
+        await fleet.scene.abort(task_id)
+        assert await leftovers(fleet.scene, task_id) == {}
 
 
 # --- servers
