@@ -220,7 +220,7 @@ async def forget(connection: Connection, object_key: str) -> bool:
 
 
 async def still_ours(connection: Connection, object_key: str) -> bool:
-    """Whether the object is in the ledger, and so has no file; keeps it there until the transaction ends."""
+    """Whether the object is in the ledger, and so has no file, once a transaction that takes it out has ended."""
     found = await connection.fetchval(
         "SELECT true FROM sluice.object_ledger WHERE object_key = $1 FOR UPDATE", object_key
     )

@@ -80,13 +80,16 @@ class Uploads:
 
     async def _discard(self, sending: "_Sending") -> None:
         try:
+            # A commit whose answer was lost may have published it: then it is out of the ledger, and stays. It waits
+            # for that commit; afterwards only the sweeper wants the object, to delete it as well.
             async with self._database.transaction() as connection:
-                # A commit whose answer was lost may have published it: then it is out of the ledger, and stays.
                 if not await still_ours(connection, sending.key):
                     return
-                if sending.upload_id is not None:
-                    await self._objects.abort_upload(sending.key, sending.upload_id)
-                await self._objects.delete(sending.key)
+            # Without a connection: the store may hang, and others need the database.
+            if sending.upload_id is not None:
+                await self._objects.abort_upload(sending.key, sending.upload_id)
+            await self._objects.delete(sending.key)
+            async with self._database.connection() as connection:
                 await forget(connection, sending.key)
         except SluiceError as error:
             log.warning("an unfinished upload is left to the sweeper", object_key=sending.key, reason=error.detail)

@@ -1,5 +1,6 @@
 """What the gateway does when a server behind it dies or breaks off."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
@@ -60,6 +61,32 @@ async def test_a_store_that_is_away_is_503_and_what_it_holds_stays_in_the_ledger
     await connection.close()
     # The sweeper finds it: which upload it is, and that nobody writes it any more.
     assert [(row["upload_id"] is not None, row["given_up"]) for row in rows] == [(True, True)]
+
+
+async def test_a_store_that_hangs_leaves_the_database_to_the_others(
+    settings: Settings, store_tap: Tap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.main.DATABASE_CONNECTIONS", 2)
+    hanging, asked, goes_on = [], asyncio.Event(), asyncio.Event()
+
+    async def hang(_: int, chunk: bytes) -> bytes:
+        hanging.append(chunk)
+        if len(hanging) == 2:
+            asked.set()
+        await goes_on.wait()
+        return chunk
+
+    async with running_gateway(settings, s3_endpoint=f"http://{store_tap.address}") as nobody:
+        alice = await nobody.with_account("alice")
+        store_tap.up = hang
+        for name in "ab":
+            raw = await alice.connect()
+            await raw.send_head("PUT", f"/v1/files/{name}", Content_Length="10")
+            await raw.send(b"x")
+            await raw.close()
+        await asked.wait()  # both are being cleaned away
+        assert (await alice.get("/v1/files")).status == 200
+        goes_on.set()
 
 
 async def test_a_database_that_cuts_its_connections_is_503_once_and_then_answers(
