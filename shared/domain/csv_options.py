@@ -1,6 +1,9 @@
 """What a user may say about a CSV file instead of letting it be guessed; every field left out is guessed."""
 
 import codecs
+import encodings
+import encodings.aliases
+import pkgutil
 from enum import StrEnum
 from typing import Annotated, Literal, Self
 
@@ -10,6 +13,9 @@ MOST_COLUMNS = 1600  # PostgreSQL's own limit of a table
 
 # Encodings that leave this alone contain ASCII and keep no state between characters.
 _PROBE = bytes(range(128)) + b"\\u0041 ~{ .xn--a-ecp.ru \x1b$B!!"
+
+# Python keeps every name that it was ever asked for; so it is asked only for its own.
+_CODECS = {module.name for module in pkgutil.iter_modules(encodings.__path__)} | set(encodings.aliases.aliases)
 
 
 class ColumnType(StrEnum):
@@ -54,7 +60,9 @@ class CsvOptions(_Strict):
     """Overrides for reading a CSV file. PostgreSQL's COPY allows one ASCII character per separator."""
 
     compression: Compression | None = None
-    encoding: str | None = Field(default=None, description="A Python codec name, such as utf-8 or cp1252.")
+    encoding: str | None = Field(
+        default=None, max_length=40, description="A Python codec name, such as utf-8 or cp1252."
+    )
     delimiter: _OneByte | None = None
     quote: _OneByte | Literal[""] | None = Field(default=None, description="Empty: nothing is quoted.")
     escape: _OneByte | None = Field(default=None, description="Escapes a quote; the quote itself by default.")
@@ -71,7 +79,10 @@ class CsvOptions(_Strict):
         if value is None:
             return None
         try:
-            name = codecs.lookup(value).name
+            normal = encodings.normalize_encoding(value.lower()).replace(".", "_")
+            if normal not in _CODECS:
+                raise LookupError(value)
+            name = codecs.lookup(normal).name
             readable = name.startswith(("utf-16", "utf-32")) or _PROBE.decode(name) == _PROBE.decode("ascii")
         except (LookupError, UnicodeError) as error:
             raise ValueError(f"{value!r} is no encoding that CSV can be read in; try utf-8 or cp1252") from error
