@@ -1,5 +1,6 @@
 """Errors as problem documents (RFC 9457): every error of the project, of the router, and what nobody expected."""
 
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -12,14 +13,19 @@ from shared.domain.errors import (
     BusUnavailable,
     DatabaseUnavailable,
     IntegrityMismatch,
+    InternalFault,
     InvalidRequest,
+    ObjectMissing,
     RangeNotSatisfiable,
     Retryable,
     SluiceError,
+    StoreMisconfigured,
+    StoreRefused,
     StoreUnavailable,
     TooManyRequests,
     TooSlow,
     Unauthenticated,
+    UploadMissing,
 )
 from shared.domain.task import Kind
 
@@ -61,6 +67,13 @@ PUBLIC_DETAILS: dict[type[SluiceError], str] = {
     StoreUnavailable: _AWAY.format("the object store"),
     IntegrityMismatch: "what the object store holds is not what was sent; send it again",
 }
+# The same for a task, which has other errors as well.
+_TASK_FAULT = "this is a fault of the server; the task's number finds it in the logs"
+_TASK_DETAILS: dict[str, str] = {error.code: detail for error, detail in PUBLIC_DETAILS.items()} | {
+    error.code: _TASK_FAULT for error in (InternalFault, ObjectMissing, StoreMisconfigured, StoreRefused, UploadMissing)
+}
+# How their details begin: the audit trail has no codes.
+_FOR_OPERATORS = re.compile(r"unexpected |PostgreSQL |RabbitMQ |SLUICE_|the (object|store) |[0-9]+ of [0-9]+ objects ")
 _FAULT = "this is a fault of the server; the request id finds it in the logs"
 
 
@@ -99,6 +112,20 @@ def problem(request: web.Request, error: SluiceError) -> web.Response:
         response.headers.add("WWW-Authenticate", 'Basic realm="sluice", charset="UTF-8"')
         response.headers.add("WWW-Authenticate", 'Bearer realm="sluice"')
     return response
+
+
+def public_error(error: dict[str, Any]) -> dict[str, Any]:
+    """A task's error without what is for operators."""
+    detail = _TASK_DETAILS.get(error.get("code", ""))
+    if detail is not None:
+        return {"code": error["code"], "detail": detail}
+    last = error.get("last_error")
+    return {**error, "last_error": public_error(last)} if isinstance(last, dict) else error
+
+
+def public_reason(reason: str | None) -> str | None:
+    """Why a worker let go of a task, without what is for operators."""
+    return _TASK_FAULT if reason and _FOR_OPERATORS.match(reason) else reason
 
 
 def router_problem(request: web.Request, error: web.HTTPException) -> web.Response:

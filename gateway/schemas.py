@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gateway.accounts import Account, Token
 from gateway.datasets import Dataset, Load
 from gateway.files import StoredFile
+from gateway.problems import public_error, public_reason
 from gateway.task_queries import AuditEntry, Reject
 from shared.domain.checkpoint import Checkpoint
 from shared.domain.schedule import RunWindow
@@ -178,7 +179,7 @@ class TaskView(View):
             attempts=task.attempts,
             claims=task.claims,
             max_bytes_per_second=task.max_bytes_per_second,
-            error=task.error,
+            error=None if task.error is None else public_error(task.error),
             result=task.result,
             checkpoint=CheckpointView.of(task.checkpoint),
             created_at=task.created_at,
@@ -274,7 +275,8 @@ class AuditView(View):
             to_state=entry.to_state,
             epoch=entry.epoch,
             actor=entry.actor,
-            reason=entry.reason,
+            # Workers are called name@host, people are not.
+            reason=public_reason(entry.reason) if "@" in entry.actor else entry.reason,
             occurred_at=entry.occurred_at,
         )
 

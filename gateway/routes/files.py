@@ -7,7 +7,7 @@ from functools import partial
 from urllib.parse import unquote
 
 from aiohttp import web
-from pydantic import AwareDatetime, Field
+from pydantic import Field
 
 from gateway import bodies, paging
 from gateway.file_names import attachment, check_file_name
@@ -27,6 +27,7 @@ from shared.domain.errors import (
     TooLarge,
     TooSlow,
 )
+from shared.domain.schedule import Moment
 from shared.domain.task import BIGINT_MAX
 
 LINK_SECONDS = 300
@@ -36,8 +37,8 @@ _MEDIA_TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+/[!#$%&'*+.^_`|~0-9A-Za-z-
 class FileQuery(paging.PageQuery):
     prefix: str | None = Field(default=None, max_length=1024, description="the name begins so")
     contains: str | None = Field(default=None, max_length=1024, description="the name has it somewhere")
-    created_from: AwareDatetime | None = Field(default=None, description="not older")
-    created_to: AwareDatetime | None = Field(default=None, description="older")
+    created_from: Moment | None = Field(default=None, description="not older")
+    created_to: Moment | None = Field(default=None, description="older")
     min_bytes: int | None = Field(default=None, ge=0, le=BIGINT_MAX)
     max_bytes: int | None = Field(default=None, ge=0, le=BIGINT_MAX)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 from aiohttp import web
-from pydantic import AfterValidator, AwareDatetime, Field
+from pydantic import AfterValidator, Field
 
 from gateway import paging
 from gateway.intake import INTAKES, TaskRequest
@@ -23,6 +23,7 @@ from shared.domain.errors import (
     NotFound,
 )
 from shared.domain.messages import CONTROL_COMMANDS
+from shared.domain.schedule import Moment
 from shared.domain.task import SETTLED, Command, Kind, Task, TaskId, TaskState
 
 MAX_WAIT_SECONDS = 60
@@ -32,8 +33,8 @@ MAX_KEY_LENGTH = 255
 class TaskQuery(paging.PageQuery):
     state: list[TaskState] | None = Field(default=None, description="one of these; may be given several times")
     kind: Kind | None = None
-    created_from: AwareDatetime | None = Field(default=None, description="not older")
-    created_to: AwareDatetime | None = Field(default=None, description="older")
+    created_from: Moment | None = Field(default=None, description="not older")
+    created_to: Moment | None = Field(default=None, description="older")
 
 
 class WaitQuery(Query):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.domain.csv_options import ColumnType, CsvOptions
-from shared.domain.task import FileId
+from shared.domain.task import BIGINT_MAX, FileId
 from shared.domain.task_options import TaskOptions
 
 DATASET_PATTERN = r"^[a-z][a-z0-9_]{0,62}$"
@@ -78,7 +78,7 @@ class ImportRequest(_Import, TaskOptions):
     """What a user posts. The file is named by its number or by its name, as it is at that moment."""
 
     kind: Literal["import"]
-    file_id: int | None = Field(default=None, ge=1)
+    file_id: int | None = Field(default=None, ge=1, le=BIGINT_MAX)
     file_name: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")

@@ -108,6 +108,8 @@ BAD_QUERIES = [
     ("kind=flight", "kind"),
     ("created_from=yesterday", "created_from"),
     ("created_from=2026-01-01T00:00:00", "created_from"),
+    ("created_from=0001-01-01T00:00:00%2B14:00", "created_from"),
+    ("created_to=9999-12-31T23:00:00-12:00", "created_to"),
     ("kind=%00", "kind"),
 ]
 

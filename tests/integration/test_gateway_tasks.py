@@ -11,9 +11,18 @@ from shared.adapters.postgres import PgDatabase
 from shared.adapters.rabbit import RabbitBus
 from shared.adapters.task_store import PgTaskStore
 from shared.config import Settings
-from shared.domain.errors import BusUnavailable
+from shared.domain.errors import (
+    BadRecord,
+    BusUnavailable,
+    DatabaseUnavailable,
+    InternalFault,
+    NoProgress,
+    SluiceError,
+    StoreMisconfigured,
+    StoreUnavailable,
+)
 from shared.domain.import_params import ImportParams
-from shared.domain.task import Command, Task, TaskId
+from shared.domain.task import Command, Task, TaskId, Trigger
 from shared.worker import store_policy
 from tests.gateway_process import Client, running_gateway, until
 
@@ -66,6 +75,9 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"file_name": "also.csv"}, ""),
     ({"file_id": None}, ""),
     ({"file_id": 0}, "file_id"),
+    ({"file_id": 2**70}, "file_id"),
+    ({"not_before": "9999-12-31T23:00:00-12:00"}, "not_before"),
+    ({"not_before": "9999-12-31T23:00:00Z", "run_window": {"from": "01:00", "to": "02:00"}}, "not_before"),
     ({"csv": {"delimiter": ",,"}}, "csv.delimiter"),
     ({"csv": {"encoding": "klingon"}}, "csv.encoding"),
     ({"csv": {"unknown": 1}}, "csv.unknown"),
@@ -81,6 +93,18 @@ async def test_a_request_that_is_not_right_names_its_fault(alice: Client) -> Non
         assert (answer.status, answer.code) == (422, "invalid-request"), answer.body
         assert field in [error["field"] for error in answer.json["errors"]]
         assert all(error["in"] == "body" and error["fault"] for error in answer.json["errors"])
+
+
+async def test_a_run_window_is_shown_as_it_was_given(alice: Client, database: PgDatabase) -> None:
+    window = {"from": "22:00", "to": "06:00", "time_zone": "Europe/Berlin"}
+    task_id = await with_task(alice, run_window=window)
+    assert (await alice.get(f"/v1/tasks/{task_id}")).json["run_window"] == window
+    async with database.connection() as connection:  # as tasks of before may have it
+        await connection.execute(
+            "UPDATE sluice.tasks SET run_window = $1",
+            {"start": "22:00", "end": "06:00", "time_zone": "Europe/Berlin"},
+        )
+    assert (await alice.get(f"/v1/tasks/{task_id}")).json["run_window"] == window
 
 
 async def test_a_file_that_is_not_ones_own_is_not_there(alice: Client, bob: Client) -> None:
@@ -314,3 +338,40 @@ async def test_the_audit_trail_says_who_did_what(alice: Client, settings: Settin
         ("TaskQueued", None, "queued", "alice", None),
         ("TaskPaused", "queued", "paused", "operator", "lunch"),
     ]
+
+
+SECRETS = [
+    StoreUnavailable("the object store at http://10.0.0.7:8333 could not serve 'files/1/abc'"),
+    StoreMisconfigured("the object store at http://10.0.0.7:8333 refuses us"),
+    DatabaseUnavailable("PostgreSQL does not answer: 10.0.0.7"),
+    InternalFault("unexpected ValueError: 10.0.0.7"),
+    NoProgress("8 claims in turn", last_error=InternalFault("unexpected ValueError: 10.0.0.7").as_json()),
+]
+
+
+async def with_failed_task(client: Client, settings: Settings, database: PgDatabase, error: SluiceError) -> int:
+    task_id = TaskId(await with_task(client))
+    store = PgTaskStore(database, PgOutbox(None), store_policy(settings))
+    task = await store.claim(task_id, "worker@host:1")
+    assert task is not None
+    await store.move(task_id, Trigger.FAIL, actor="worker@host:1", epoch=task.epoch, error=error)
+    return task_id
+
+
+async def test_what_is_for_operators_is_not_shown_to_the_owner(
+    alice: Client, settings: Settings, database: PgDatabase
+) -> None:
+    for error in SECRETS:
+        task_id = await with_failed_task(alice, settings, database, error)
+        shown, events = await alice.get(f"/v1/tasks/{task_id}"), await alice.get(f"/v1/tasks/{task_id}/events")
+        assert shown.json["error"]["code"] == error.code
+        assert events.json["events"][-1]["event"] == "TaskFailed"
+        assert b"10.0.0.7" not in shown.body + events.body
+
+
+async def test_what_is_wrong_with_the_data_is_shown(alice: Client, settings: Settings, database: PgDatabase) -> None:
+    error = BadRecord("invalid input for bigint", line=7)
+    task_id = await with_failed_task(alice, settings, database, error)
+    assert (await alice.get(f"/v1/tasks/{task_id}")).json["error"] == error.as_json()
+    events = (await alice.get(f"/v1/tasks/{task_id}/events")).json["events"]
+    assert events[-1]["reason"] == error.detail
