@@ -58,6 +58,8 @@ class CommandHandler:
                     account_id=message.account_id,
                     actor=message.actor,
                     reason=message.reason,
+                    # It comes again if this process dies before the ack, perhaps after the user's next wish.
+                    message_id=message.message_id,
                 )
                 break
             except Retryable as error:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 from shared.domain.checkpoint import Checkpoint
 from shared.domain.errors import CheckpointLost, Conflict, Fenced, InternalFault, NoProgress, SluiceError, storable
@@ -102,7 +103,7 @@ FROM before WHERE t.task_id = before.task_id
 RETURNING {_COLUMNS}, before.state AS previous
 """  # noqa: S608
 
-# The claim of a task that is waiting and due. `attempts` counts claims since the last committed batch.
+# The claim of a task that is waiting and due. `attempts` counts claims since the last committed batch or plan.
 _CLAIM = f"""
 WITH before AS (
     SELECT task_id, state FROM sluice.tasks
@@ -158,7 +159,7 @@ RETURNING state, max_bytes_per_second
 
 _SAVE_PLAN = """
 UPDATE sluice.tasks SET plan = $3, bytes_total = coalesce($4, bytes_total), rows_total = coalesce($5, rows_total),
-    updated_at = now()
+    attempts = 0, updated_at = now()
 WHERE task_id = $1 AND epoch = $2 AND state IN ('running', 'pausing')
 RETURNING true
 """
@@ -203,6 +204,20 @@ WITH overdue AS (
 )
 UPDATE sluice.tasks t SET announced_at = now() FROM overdue WHERE t.task_id = overdue.task_id RETURNING {_COLUMNS}
 """  # noqa: S608
+
+_NOTE_COMMAND = """
+WITH forgotten AS (
+    DELETE FROM sluice.applied_commands WHERE (task_id, message_id, command) IN (
+        SELECT task_id, message_id, command FROM sluice.applied_commands
+        WHERE applied_at < now() - interval '1 day' LIMIT 100 FOR UPDATE SKIP LOCKED)
+)
+INSERT INTO sluice.applied_commands (task_id, message_id, command, state_before) VALUES ($1, $2, $3, $4)
+ON CONFLICT DO NOTHING RETURNING true
+"""
+
+_NOTED = """
+SELECT state_before FROM sluice.applied_commands WHERE task_id = $1 AND message_id = $2 AND command = $3
+"""
 
 _LOG_EVENT = """
 INSERT INTO sluice.task_events (task_id, event, from_state, to_state, epoch, actor, reason)
@@ -416,12 +431,16 @@ class PgTaskStore:
         account_id: AccountId | None,
         actor: str,
         reason: str | None,
+        message_id: UUID | None = None,
     ) -> tuple[TaskState, TaskState] | None:
         async with self._outbox.transaction(self._database) as (connection, post):
             row = await connection.fetchrow(_GET + " FOR UPDATE", task_id, account_id)
             if row is None:
                 return None
             before = TaskState(row["state"])
+            noted = message_id is None or await connection.fetchval(_NOTE_COMMAND, task_id, message_id, command, before)
+            if not noted:
+                return TaskState(await connection.fetchval(_NOTED, task_id, message_id, command)), before
             if answer(before, command).state is before:
                 if command is Command.PAUSE:
                     # A user who pauses what the schedule paused wants it to stay so.

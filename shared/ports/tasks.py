@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
+from uuid import UUID
 
 from shared.domain.checkpoint import Checkpoint
 from shared.domain.errors import SluiceError
@@ -140,8 +141,12 @@ class TaskStore(Protocol):
         account_id: AccountId | None,
         actor: str,
         reason: str | None,
+        message_id: UUID | None = None,
     ) -> tuple[TaskState, TaskState] | None:
-        """Apply a user's command: the state before and after, the same where nothing moved. None: no such task."""
+        """Apply a user's command: the state before and after, the same where nothing moved. None: no such task.
+
+        The same message again moves nothing: the state before it was applied, and the one of now.
+        """
         ...
 
     async def succeed(

@@ -8,7 +8,7 @@ import aio_pika
 import orjson
 import pytest
 
-from shared.domain.messages import EVENTS_EXCHANGE
+from shared.domain.messages import EVENTS_EXCHANGE, PauseTask
 from shared.domain.task import Command, Event, TaskId, TaskState, allowed_commands, answer
 from sluice.stack import Stack
 from tests.faults.scene import Scene, open_scene
@@ -63,6 +63,22 @@ async def test_every_command_in_every_state_is_answered_from_the_truth(services:
             assert found is not None
             assert found.state is expected.state
     assert (await scene.command(TaskId(10**9), Command.ABORT)).status == 404
+
+
+async def test_a_command_that_the_broker_sends_again_does_not_undo_what_came_after_it(
+    services: Stack, scene: Scene
+) -> None:
+    await start(services, control=2, workers=0)
+    task_id = await scene.begin(CSV)
+    pause = PauseTask(task_id=task_id)
+    replies = [await scene.bus.ask(pause, timeout_seconds=60)]
+    assert (await scene.command(task_id, Command.RESUME)).status == 202
+    replies += [await scene.bus.ask(pause, timeout_seconds=60) for _ in range(4)]
+    assert [(reply.status, reply.state) for reply in replies if reply] == [
+        (200, TaskState.PAUSED),
+        *[(200, TaskState.QUEUED)] * 4,
+    ]
+    assert [event for event, _ in await scene.events(task_id)] == ["TaskQueued", "TaskPaused", "TaskResumed"]
 
 
 async def test_every_step_is_announced_once_and_in_the_words_of_the_audit_trail(

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -421,6 +422,49 @@ async def test_a_session_that_hangs_in_a_transaction_does_not_hold_the_task_for_
         moved = await store.command(task.task_id, Command.ABORT, account_id=None, actor="me", reason=None)
     assert moved == (TaskState.RUNNING, TaskState.ABORTING)
     assert (await get(store, task.task_id)).rows_done == 0
+
+
+# --- commands that come again
+
+
+@pytest.mark.parametrize("state", TaskState)
+@pytest.mark.parametrize("command", Command)
+async def test_a_command_that_comes_again_finds_the_task_as_it_is_and_says_what_it_said(
+    database: PgDatabase, store: PgTaskStore, account: AccountId, state: TaskState, command: Command
+) -> None:
+    task = await task_in(store, account, state)
+
+    async def apply(command: Command, message_id: UUID) -> tuple[TaskState, TaskState] | None:
+        return await store.command(
+            task.task_id, command, account_id=account, actor="me", reason=None, message_id=message_id
+        )
+
+    message_id = uuid4()
+    assert await apply(command, message_id) == (state, answer(state, command).state)
+    for other in (Command.RESUME, Command.PAUSE):
+        if other is not command:
+            await apply(other, uuid4())
+    before = await get(store, task.task_id)
+    async with listening(database, task.task_id) as told:
+        assert await apply(command, message_id) == (state, before.state)
+    assert told == Told()
+    assert await get(store, task.task_id) == before
+
+
+async def test_commands_are_remembered_for_a_day(database: PgDatabase, store: PgTaskStore, account: AccountId) -> None:
+    task = await task_in(store, account, TaskState.QUEUED)
+
+    async def resume() -> None:
+        await store.command(
+            task.task_id, Command.RESUME, account_id=account, actor="me", reason=None, message_id=uuid4()
+        )
+
+    async with database.connection() as connection:
+        for _ in range(3):
+            await resume()
+        await connection.execute("UPDATE sluice.applied_commands SET applied_at = now() - interval '25 hours'")
+        await resume()
+        assert await connection.fetchval("SELECT count(*) FROM sluice.applied_commands") == 1
 
 
 # --- attempts
