@@ -5,8 +5,11 @@ Considerations
   idempotent.
 - Two relays never hold the same row. The direct send after a commit locks nothing: the relay leaves young rows to it,
   and when it takes longer than that, the message is sent twice.
+- The relay sends inside a transaction, which the server ends when it hears nothing for a minute: then all of it would
+  be sent again. So it stops in time, however slow the broker is, and the next call goes on.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -74,12 +77,27 @@ class PgOutbox:
             log.warning("sent, but still in the outbox: the relay will send it again", error=error.detail)
 
 
-async def relay(database: Database, publisher: Publisher, *, older_than_seconds: float, limit: int = 200) -> int:
-    """Send what is due and was not sent at once; answers how many. Raises BusUnavailable and DatabaseUnavailable."""
+async def relay(
+    database: Database,
+    publisher: Publisher,
+    *,
+    older_than_seconds: float,
+    limit: int = 200,
+    longest_seconds: float = 20.0,
+) -> int:
+    """Send what is due and was not sent at once; answers how many, 0 when nothing is left.
+
+    Begins no message after `longest_seconds`. Raises BusUnavailable and DatabaseUnavailable.
+    """
+    loop = asyncio.get_running_loop()
     sent: list[int] = []
     refused: BusUnavailable | None = None
     async with database.transaction() as connection:
-        for row in await connection.fetch(_DUE, older_than_seconds, limit):
+        rows = await connection.fetch(_DUE, older_than_seconds, limit)
+        stop_at = loop.time() + longest_seconds
+        for row in rows:
+            if loop.time() >= stop_at:
+                break
             try:
                 await publisher.publish_json(row["exchange"], row["routing_key"], row["body"])
             except BusUnavailable as error:

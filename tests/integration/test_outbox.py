@@ -132,6 +132,24 @@ async def test_two_relays_do_not_send_the_same_row(database: PgDatabase) -> None
     assert sorted(one.sent + other.sent) == list(range(1, 51))
 
 
+class Slow(Recorder):
+    """A broker that takes its time over each message."""
+
+    async def publish_json(self, exchange: str, routing_key: str, body: dict[str, object]) -> None:
+        await asyncio.sleep(0.3)
+        await super().publish_json(exchange, routing_key, body)
+
+
+async def test_a_slow_broker_does_not_make_the_relay_send_twice(database_dsn: str) -> None:
+    async with open_database(database_dsn, idle_in_transaction_seconds=1.5) as database:
+        await post(PgOutbox(None), database, *range(1, 8))
+        publisher = Slow()
+        while await relay(database, publisher, older_than_seconds=0, longest_seconds=0.3):
+            pass
+        assert publisher.sent == list(range(1, 8))
+        assert await waiting(database) == []
+
+
 # --- with the control service
 
 
