@@ -55,7 +55,7 @@ class _Turn:
     deliveries: int = 0
 
 
-class _Turns:
+class Turns:
     """Deliveries about the same task are handled one after the other; the row says what the second one finds."""
 
     def __init__(self, handle: Callable[..., Awaitable[None]]) -> None:
@@ -63,7 +63,10 @@ class _Turns:
         self._busy: dict[TaskId, _Turn] = {}
 
     async def take(self, message: RunTask | RollBackTask, delivery: Delivery) -> None:
-        """Handle the message, then acknowledge it: by then the row says where the task stands."""
+        """Handle the message, then acknowledge it: by then the row says where the task stands.
+
+        Cancelled, it is not: a task that was given back tells of itself, and one that was never claimed would not.
+        """
         turn = self._busy.setdefault(message.task_id, _Turn())
         turn.deliveries += 1
         steal_from: Epoch | None = None
@@ -79,7 +82,7 @@ class _Turns:
             turn.deliveries -= 1
             if not turn.deliveries:
                 del self._busy[message.task_id]
-            await asyncio.shield(delivery.ack())
+        await delivery.ack()
 
 
 def store_policy(settings: Settings) -> StorePolicy:
@@ -117,7 +120,7 @@ async def _work(name: str, queue: str, kinds: Callable[[Tools], Mapping[Kind, Ta
                 retry_backoff_seconds=settings.retry_backoff_seconds,
             ),
         )
-        runs, rollbacks = _Turns(runner.run), _Turns(runner.roll_back)
+        runs, rollbacks = Turns(runner.run), Turns(runner.roll_back)
 
         async def on_run(delivery: Delivery) -> None:
             await runs.take(decode(delivery.body, RunTask), delivery)

@@ -206,6 +206,11 @@ class Console:
     async def delete(self, queue: str) -> None:
         await self._call("DELETE", f"queues/{self._vhost}/{queue}")
 
+    async def limit(self, queue: str, messages: int) -> None:
+        """Let a queue refuse what goes beyond so many messages."""
+        rule = {"pattern": f"^{queue}$", "definition": {"max-length": messages, "overflow": "reject-publish"}}
+        await self._call("PUT", f"policies/{self._vhost}/limit", rule)
+
     async def dead(self, count: int) -> list[dict[str, Any]]:
         """Wait for `count` dead letters and take them."""
         letters: list[dict[str, Any]] = []

@@ -8,7 +8,7 @@ Considerations
   as redelivered, and whoever handles it recognises the task.
 - A confirm that is lost says nothing about the message: it may be sent again. Consumers are idempotent.
 - A message that no contract describes, or whose handler fails unexpectedly, is moved to the dead-letter queue with its
-  reason, and never requeued.
+  reason, and never requeued. While that queue cannot take it, it is held, and the log says so.
 - When no session can be made for `give_up_seconds`, `run` raises, and the process ends for its supervisor to restart.
 """
 
@@ -57,6 +57,7 @@ QUEUES = (
 )
 # A header travels in one frame (128 KiB by default).
 _REASON_CHARACTERS = 1000
+_LONGEST_BURIAL_PAUSE_SECONDS = 30.0
 _REPLY_TO = "amq.rabbitmq.reply-to"
 _LOST = (aiormq.exceptions.AMQPError, aio_pika.exceptions.AMQPException, OSError, TimeoutError, RuntimeError)
 
@@ -68,10 +69,20 @@ class Delivery:
         self._raw = raw
         self.queue = queue
         self.body = raw.body
-        # How often it came back already. Quorum queues count it; any other says no more than that it did.
-        self.returns = int(str(raw.headers.get("x-delivery-count", int(bool(raw.redelivered)))))
+        # How often it came back already. Quorum queues count it; any other says no more than that it did, and a first
+        # delivery has the header that its sender made up.
+        count = raw.headers.get("x-delivery-count")
+        self.returns = count if raw.redelivered and isinstance(count, int) else int(bool(raw.redelivered))
         self.reply_to = raw.reply_to
         self.correlation_id = raw.correlation_id
+
+    @property
+    def is_held(self) -> bool:
+        """False when it was acknowledged, or its session is gone and the broker has it back."""
+        try:
+            return not self._raw.processed and not self._raw.channel.is_closed
+        except _LOST:
+            return False
 
     async def ack(self) -> None:
         """Let the broker forget it; a repeat does nothing.
@@ -251,7 +262,6 @@ class RabbitBus:
             await self._bury(delivery, f"unexpected {type(error).__name__}: {error}"[:_REASON_CHARACTERS])
 
     async def _bury(self, delivery: Delivery, reason: str) -> None:
-        log.warning("message moved to the dead-letter queue", queue=delivery.queue, reason=reason)
         buried = aio_pika.Message(
             delivery.body,
             content_type="application/octet-stream",
@@ -259,14 +269,28 @@ class RabbitBus:
             headers={"x-reason": reason, "x-queue": delivery.queue},
             timestamp=datetime.now(UTC),
         )
-        try:
-            async with asyncio.timeout(self._confirm_seconds):
-                session = await self._current()
-                await session.publishing.default_exchange.publish(buried, DEAD_QUEUE)
-        except (*_LOST, BusUnavailable) as error:
-            log.warning("could not be moved now; it will come again", error=str(error))
-            return
-        await delivery.ack()
+        pause = 0.5
+        while delivery.is_held:
+            try:
+                async with asyncio.timeout(self._confirm_seconds):
+                    session = await self._current()
+                    try:
+                        await session.publishing.default_exchange.publish(buried, DEAD_QUEUE)
+                    except aio_pika.exceptions.PublishError:
+                        await _declare_dead_queue(session.publishing)  # somebody has deleted it
+                        continue
+            except (*_LOST, BusUnavailable) as error:
+                log.error(
+                    "a message is held because the dead-letter queue does not take it",
+                    queue=delivery.queue,
+                    reason=reason,
+                    error=str(error) or type(error).__name__,
+                )
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_BURIAL_PAUSE_SECONDS)
+            else:
+                log.warning("message moved to the dead-letter queue", queue=delivery.queue, reason=reason)
+                await delivery.ack()
 
     # --- publishing
 
@@ -361,12 +385,16 @@ def _encoded(
     )
 
 
+async def _declare_dead_queue(channel: AbstractChannel) -> None:
+    await channel.declare_queue(DEAD_QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
+
+
 async def declare_topology(channel: AbstractChannel) -> dict[str, aio_pika.abc.AbstractExchange]:
     """Declare everything that outlives a session; declaring what is there already changes nothing."""
     commands = await channel.declare_exchange(COMMANDS_EXCHANGE, aio_pika.ExchangeType.DIRECT, durable=True)
     broadcast = await channel.declare_exchange(BROADCAST_EXCHANGE, aio_pika.ExchangeType.FANOUT, durable=True)
     events = await channel.declare_exchange(EVENTS_EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)
-    await channel.declare_queue(DEAD_QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
+    await _declare_dead_queue(channel)
     for name in QUEUES:
         queue = await channel.declare_queue(
             name,

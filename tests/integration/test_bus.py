@@ -8,6 +8,7 @@ from typing import Any
 import aio_pika
 import orjson
 import pytest
+from structlog.testing import capture_logs
 
 from shared.adapters.rabbit import QUEUES, Delivery, RabbitBus
 from shared.domain.errors import BusUnavailable
@@ -15,6 +16,7 @@ from shared.domain.messages import (
     BROADCAST_EXCHANGE,
     COMMANDS_EXCHANGE,
     CONTROL_QUEUE,
+    DEAD_QUEUE,
     EVENTS_EXCHANGE,
     IMPORT_QUEUE,
     AbortTask,
@@ -28,7 +30,7 @@ from shared.domain.messages import (
 from shared.domain.task import Command, Epoch, TaskId, TaskState
 from sluice.stack import Stack
 from tests.faults.scene import Scene, open_scene
-from tests.tasks import Console, assert_loaded, numbered_csv, open_console, start
+from tests.tasks import Console, assert_loaded, numbered_csv, open_console, start, until
 
 ROLLBACK_QUEUE = rollback_queue(IMPORT_QUEUE)
 FAR = 2**63
@@ -212,6 +214,61 @@ async def test_no_message_ends_a_consumer(bus: RabbitBus, console: Console, queu
     await bus.publish(COMMANDS_EXCHANGE, queue, RunTask(task_id=TaskId(2)))
     async with asyncio.timeout(30):
         assert [await bus.handled.get() for _ in range(2)] == [(queue, 1), (queue, 2)]  # type: ignore[attr-defined]
+
+
+async def test_a_message_is_buried_although_somebody_has_deleted_the_dead_letter_queue(
+    bus: RabbitBus, console: Console
+) -> None:
+    await bus.publish(COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask(task_id=TaskId(1)))
+    await bus.handled.get()  # type: ignore[attr-defined]
+    await console.delete(DEAD_QUEUE)
+    await console.publish(COMMANDS_EXCHANGE, IMPORT_QUEUE, b"nonsense")
+
+    letters: list[dict[str, Any]] = []
+
+    async def is_back() -> bool:
+        try:
+            letters.extend(await console.take(DEAD_QUEUE))
+        except AssertionError:  # no such queue
+            return False
+        return bool(letters)
+
+    await until(is_back)
+    [letter] = letters
+    assert base64.b64decode(letter["payload"]) == b"nonsense"
+
+
+async def test_a_message_that_the_dead_letter_queue_does_not_take_is_held_visibly_until_it_does(
+    bus: RabbitBus, console: Console
+) -> None:
+    await bus.publish(COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask(task_id=TaskId(1)))
+    await bus.handled.get()  # type: ignore[attr-defined]
+    await console.limit(DEAD_QUEUE, 0)
+    with capture_logs() as logs:
+        sent = 0
+
+        async def one_is_held() -> bool:
+            nonlocal sent
+            sent += 1
+            await console.publish(COMMANDS_EXCHANGE, IMPORT_QUEUE, b"%d" % sent)
+            return any("is held" in str(entry["event"]) for entry in logs)
+
+        await until(one_is_held)
+    await console.limit(DEAD_QUEUE, 1000)
+    letters = await console.dead(sent)
+    assert {int(base64.b64decode(letter["payload"])) for letter in letters} == set(range(1, sent + 1))
+
+
+async def test_a_count_of_returns_that_the_sender_made_up_does_not_stop_a_message(
+    bus: RabbitBus, console: Console
+) -> None:
+    body = RunTask(task_id=TaskId(1)).model_dump(mode="json")
+    for count in (7, "many"):
+        await console.publish(
+            COMMANDS_EXCHANGE, IMPORT_QUEUE, body, properties={"headers": {"x-delivery-count": count}}
+        )
+        async with asyncio.timeout(30):
+            await bus.handled.get()  # type: ignore[attr-defined]
 
 
 async def test_messages_can_be_read_by_a_person(bus: RabbitBus, console: Console, amqp_url: str) -> None:

@@ -2,10 +2,16 @@
 
 import asyncio
 
+from shared.adapters.postgres import PgDatabase
 from shared.adapters.rabbit import Delivery, RabbitBus
 from shared.config import Settings
+from shared.controls import Controls
+from shared.domain.errors import BusUnavailable
 from shared.domain.messages import COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask, decode
 from shared.domain.task import TaskId
+from shared.runner import Runner, RunnerPolicy
+from shared.worker import Turns
+from tests.tasks import open_database, silent_store, until
 
 
 async def test_a_stopping_process_hands_over_on_its_session_and_takes_nothing_new(settings: Settings) -> None:
@@ -47,3 +53,44 @@ async def test_a_stopping_process_hands_over_on_its_session_and_takes_nothing_ne
         working = group.create_task(successor.run())
         assert await found.get() == 2
         working.cancel()
+
+
+async def test_a_message_that_a_stopping_worker_could_not_begin_on_comes_to_another(settings: Settings) -> None:
+    nowhere = settings.postgres_dsn.replace(settings.postgres_dsn.rpartition("/")[0], "postgresql://x:x@127.0.0.1:1")
+    bus = RabbitBus(settings.amqp_url, name="stopping")
+    async with open_database(nowhere) as away:
+        turns = Turns(runner(away).run)
+        tried = asyncio.Event()
+
+        async def on_run(delivery: Delivery) -> None:
+            tried.set()
+            await turns.take(decode(delivery.body, RunTask), delivery)
+
+        bus.consume(IMPORT_QUEUE, on_run, prefetch=2)
+        running = asyncio.create_task(bus.run())
+        try:
+            await bus.publish(COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask(task_id=TaskId(1)))
+            await tried.wait()
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+
+    successor = RabbitBus(settings.amqp_url, name="successor")
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        working = group.create_task(successor.run())
+
+        async def is_back() -> bool:
+            try:
+                return await successor.ready_messages(IMPORT_QUEUE) == 1
+            except BusUnavailable:  # no session yet
+                return False
+
+        await until(is_back)
+        working.cancel()
+
+
+def runner(database: PgDatabase) -> Runner:
+    policy = RunnerPolicy(lanes=1, slice_seconds=60, lease_seconds=60, retry_backoff_seconds=60)
+    return Runner(
+        worker="w", store=silent_store(database), database=database, kinds={}, controls=Controls(), policy=policy
+    )
