@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from shared.adapters.task_store import TASK_COLUMNS, rows_to_tasks
+from shared.adapters.task_rows import TASK_COLUMNS, rows_to_tasks
 from shared.domain.errors import Conflict
 from shared.domain.task import AccountId, Kind, Task, TaskId, TaskState
 from shared.ports.database import Database

@@ -14,7 +14,8 @@ from shared.adapters.objects import S3ObjectStore
 from shared.adapters.outbox import PgOutbox
 from shared.adapters.postgres import PgDatabase
 from shared.adapters.rabbit import Delivery, RabbitBus
-from shared.adapters.task_store import PgTaskStore, StorePolicy
+from shared.adapters.task_store import PgTaskStore
+from shared.adapters.task_transitions import StorePolicy
 from shared.config import Settings
 from shared.controls import Controls
 from shared.domain.messages import BROADCAST_EXCHANGE, RollBackTask, RunTask, TaskEvent, decode, rollback_queue

@@ -13,7 +13,8 @@ import orjson
 
 from shared.adapters.outbox import PgOutbox
 from shared.adapters.postgres import PgDatabase
-from shared.adapters.task_store import PgTaskStore, StorePolicy
+from shared.adapters.task_store import PgTaskStore
+from shared.adapters.task_transitions import StorePolicy
 from shared.domain.errors import InvalidData
 from shared.domain.messages import DEAD_QUEUE
 from shared.domain.task import AccountId, Command, Kind, Task, TaskId, TaskState, Trigger
