@@ -5,7 +5,7 @@ from contextlib import aclosing
 from typing import Any, cast
 
 from shared.domain.import_params import ImportParams
-from upload_worker.cutter import Batch, cut
+from upload_worker.cutter import CsvBatch, cut
 from upload_worker.loading import RAW_CHARACTERS, Reject
 from upload_worker.plan import CsvPlan, FilePlan
 from upload_worker.records import last_record_end, printable, record_at_line
@@ -22,7 +22,7 @@ _UNCLOSED = (
 class CsvPiece:
     """A batch of the cutter, as the loader sees it."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: CsvBatch) -> None:
         self._batch = batch
         self.start = batch.start
         self.end = batch.end

@@ -18,12 +18,11 @@ from upload_worker.records import (
 )
 from upload_worker.sources import ByteSource, closing
 
-BATCH_BYTES = 4 << 20
 MAX_RECORD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Batch:
+class CsvBatch:
     """Whole records, ready for one COPY. Both ends are record boundaries: reading can start at either.
 
     `data` is empty when the range holds nothing but blank lines.
@@ -160,9 +159,9 @@ async def cut(
     end: int | None = None,
     *,
     line: int = 1,
-    batch_bytes: int = BATCH_BYTES,
+    batch_bytes: int,
     max_record_bytes: int = MAX_RECORD_BYTES,
-) -> AsyncGenerator[Batch, None]:
+) -> AsyncGenerator[CsvBatch, None]:
     """Batches of `[start, end)`, which must be record boundaries; without `end`, to the end of the object.
 
     `line` is the number of the line at `start`. Leave early through `contextlib.aclosing`.
@@ -174,12 +173,12 @@ async def cut(
     decoder = encoding.decoder()
     position, fed = start, start
 
-    def batch(block: bytes, end: int, open_quote: bool = False) -> Batch:
+    def batch(block: bytes, end: int, open_quote: bool = False) -> CsvBatch:
         nonlocal position, line
         raw = encoding.to_utf8(block)
         data = ready_for_copy(raw, plan.dialect, skip_blank_lines=plan.skips_blank_lines)
         lines = line_count(raw)
-        made = Batch(position, end, line, lines, data, raw, plan.dialect, plan.skips_blank_lines, open_quote)
+        made = CsvBatch(position, end, line, lines, data, raw, plan.dialect, plan.skips_blank_lines, open_quote)
         position, line = end, line + lines
         return made
 

@@ -13,10 +13,7 @@ from shared.ports.tasks import Progress
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The unit of work between two looks at the controls: positions `start` to `end`, and how many bytes it moves.
-
-    `end` may still be unknown to the job (None) where the work itself finds it out.
-    """
+    """The unit of work between two looks at the controls: positions `start` to `end`, and how many bytes it moves."""
 
     start: int
     end: int

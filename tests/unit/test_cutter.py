@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shared.domain.errors import InvalidData
 from tests.unit.csv_objects import plan, reader, records_by_postgres, sales, source
-from upload_worker.cutter import Batch, cut
+from upload_worker.cutter import CsvBatch, cut
 from upload_worker.plan import CsvPlan, Dialect
 from upload_worker.sources import PlainSource
 
@@ -18,7 +18,7 @@ CSV_TEXT = st.text(alphabet="a,\"'\\\n\ré", max_size=80)
 
 async def batches(
     content: bytes, plan: CsvPlan, start: int = 0, end: int | None = None, *, chunk_bytes: int, batch_bytes: int
-) -> list[Batch]:
+) -> list[CsvBatch]:
     return [b async for b in cut(source(content, chunk_bytes), plan, start, end, batch_bytes=batch_bytes)]
 
 

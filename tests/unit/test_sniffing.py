@@ -26,7 +26,7 @@ async def loaded(content: bytes, **options: Any) -> tuple[CsvPlan, bytes]:
     """The plan, and what COPY would get."""
     plan = await planned(content, **options)
     source = open_source(reader(content), len(content), plan.compression)
-    return plan, b"".join([batch.data async for batch in cut(source, plan, plan.data_start)])
+    return plan, b"".join([batch.data async for batch in cut(source, plan, plan.data_start, batch_bytes=1 << 20)])
 
 
 def types(plan: CsvPlan) -> list[ColumnType]:
@@ -322,7 +322,10 @@ async def test_ragged_records_are_left_for_the_server_and_noted() -> None:
 async def test_an_unbalanced_quote_later_in_the_file_is_left_to_the_cut() -> None:
     plan = await planned(b'a,b\n1,2\n3,"x\n')
     source = open_source(reader(b'a,b\n1,2\n3,"x\n'), 13, plan.compression)
-    assert [batch.open_quote async for batch in cut(source, plan, plan.data_start)] == [False, True]
+    assert [batch.open_quote async for batch in cut(source, plan, plan.data_start, batch_bytes=1 << 20)] == [
+        False,
+        True,
+    ]
 
 
 async def test_an_open_quote_in_the_first_record_names_its_line() -> None:
