@@ -12,11 +12,12 @@ Considerations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, cast
 
 import asyncpg
 import orjson
+import structlog
 from asyncpg import exceptions as pg
 
 from shared.domain.errors import (
@@ -27,6 +28,8 @@ from shared.domain.errors import (
     LockTimeout,
     StatementTimeout,
 )
+
+log = structlog.get_logger()
 
 _COPY_LINE = re.compile(r"COPY .*?, line (\d+)(?:, column ([^\n]*?))?(?::|$)", re.MULTILINE)
 
@@ -80,8 +83,9 @@ def translated() -> Iterator[None]:
     ) as error:
         raise DatabaseUnavailable(f"PostgreSQL does not answer: {error or type(error).__name__}") from error
     except pg.InterfaceError as error:
-        # "connection is closed", "connection was closed in the middle of operation", "pool is closing"
-        if "clos" in str(error) or "terminat" in str(error):
+        # "connection is closed", "connection was closed in the middle of operation", "pool is closing"; and "connection
+        # has been released back to the pool", which a connection does that is lost while nobody waits for its answer
+        if "clos" in str(error) or "terminat" in str(error) or "released back" in str(error):
             raise DatabaseUnavailable(f"PostgreSQL does not answer: {error}") from error
         raise
 
@@ -131,11 +135,10 @@ class PgConnection:
         try:
             yield
         except BaseException:
-            if not self._ended and not self._raw.is_closed():
+            if not self._is_lost():
                 try:
-                    with translated():
-                        await transaction.rollback()
-                except DatabaseUnavailable:  # must not hide what led here, a cancel least of all
+                    await transaction.rollback()
+                except Exception:  # must not hide what led here, a cancel least of all
                     self._end()
             raise
         with translated():
@@ -179,7 +182,14 @@ class PgConnection:
     def _end(self) -> None:
         """Close it at once; the pool gives out another one."""
         self._ended = True
-        self._raw.terminate()
+        with suppress(pg.InterfaceError):  # the pool has it back
+            self._raw.terminate()
+
+    def _is_lost(self) -> bool:
+        try:
+            return self._ended or self._raw.is_closed()
+        except pg.InterfaceError:  # the pool has it back
+            return True
 
     @property
     def backend_pid(self) -> int:
@@ -255,8 +265,15 @@ class PgDatabase:
         try:
             yield PgConnection(cast("asyncpg.Connection[Any]", raw))
         finally:
-            with translated():
-                await self._pool.release(raw)
+            await self._give_back(raw)
+
+    async def _give_back(self, raw: Any) -> None:
+        """One that is lost just then says nothing of what was done on it, and must not hide how that ended."""
+        assert self._pool is not None
+        try:
+            await self._pool.release(raw)
+        except Exception as error:  # asyncpg has closed it
+            log.info("a connection was lost when it was given back", error=str(error) or type(error).__name__)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[PgConnection]:
