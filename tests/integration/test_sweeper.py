@@ -1,16 +1,19 @@
 """What has no owner goes, and nothing else: tables, uploads, objects, deleted files."""
 
 from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
 
 import pytest
 
 from control_service.sealer import Sealer
-from control_service.sweeper import Sweeper
+from control_service.sweeper import _DELETED_FILES, Sweeper
 from shared.adapters.catalog import Column, PgCatalog, create_stage
 from shared.adapters.objects import S3ObjectStore
 from shared.adapters.postgres import PgDatabase
+from shared.config import Settings
 from shared.domain.export_keys import WHOLE, key_of, segment_of
 from shared.domain.task import AccountId, Kind, LoadId, TaskState
+from tests.faults.tap import ConnectionCut, Tap
 from tests.tasks import new_account, silent_store, task_in
 
 COLUMNS = [Column("n", "bigint")]
@@ -208,3 +211,58 @@ async def test_a_deleted_file_keeps_its_bytes_until_the_tasks_that_read_it_have_
     assert await keys(object_store) == set()
     async with database.connection() as connection:
         assert await connection.fetchval("SELECT count(*) FROM sluice.files") == 0
+
+
+async def test_the_bucket_is_listed_only_as_often_as_something_in_it_can_have_become_old(
+    database: PgDatabase, object_store: S3ObjectStore
+) -> None:
+    sweep = sweeper(database, object_store)
+    await sweep()
+    await object_store.put("files/unknown", b"1")
+    await object_store.put("files/left", b"2")
+    await write_down(database, "files/left")
+    async with database.connection() as connection:
+        await connection.execute("UPDATE sluice.listings SET listed_at = now() + interval '1 h'")
+    await sweep()
+    assert await keys(object_store) == {"files/unknown"}
+    async with database.connection() as connection:
+        await connection.execute("UPDATE sluice.listings SET listed_at = now() - interval '1 h'")
+    await sweep()
+    assert await keys(object_store) == set()
+
+
+async def test_an_object_that_cannot_be_deleted_and_a_table_that_is_read_do_not_keep_others(
+    settings: Settings, database: PgDatabase, object_store: S3ObjectStore, account: AccountId
+) -> None:
+    for name in ("a", "b-stuck", "c"):
+        for kind in ("left", "deleted"):
+            await object_store.put(f"{kind}/{name}", b"1")
+        await write_down(database, f"left/{name}")
+        await add_file(database, account, f"deleted/{name}", deleted=True)
+    async with Tap(urlsplit(settings.s3_endpoint).port or 0) as tap:
+
+        async def refuse(_: int, chunk: bytes) -> bytes:
+            if b"stuck" in chunk:
+                raise ConnectionCut
+            return chunk
+
+        tap.up = refuse
+        store = S3ObjectStore(settings.model_copy(update={"s3_endpoint": f"http://{tap.address}"}))
+        try:
+            async with database.transaction() as reader:
+                for number in (5, 6, 7):
+                    await create_stage(reader, LoadId(number), COLUMNS)
+            async with database.transaction() as reader:
+                await reader.execute("LOCK TABLE sluice_loads.load_6 IN ACCESS SHARE MODE")
+                await sweeper(database, store)()
+                assert await tables(database) == {"load_6"}
+        finally:
+            await store.aclose()
+    assert await keys(object_store) == {"left/b-stuck", "deleted/b-stuck"}
+
+
+async def test_a_sweep_finds_the_readers_of_deleted_files_through_an_index(database: PgDatabase) -> None:
+    async with database.transaction() as connection:
+        await connection.execute("SET LOCAL enable_seqscan = off")
+        plan = await connection.fetch(f"EXPLAIN {_DELETED_FILES}")
+    assert any("tasks_by_source" in row["QUERY PLAN"] for row in plan)
