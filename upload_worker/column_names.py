@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
-from shared.domain.errors import InvalidData
+from shared.domain.errors import DETAIL_CHARACTERS, InvalidData, storable
 
 # PostgreSQL: 1,600 columns in a table, of which Sluice's own `_load` is one; NAMEDATALEN - 1 bytes in a name.
 MAX_COLUMNS = 1599
@@ -35,7 +35,7 @@ def column_names(header: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]
         taken.add(name)
         names.append(name)
         if name != raw:
-            notes.append({"column": number, "from": raw, "to": name})
+            notes.append({"column": number, "from": storable(raw, DETAIL_CHARACTERS), "to": name})
     return names, notes
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from shared.domain.csv_options import ColumnType
+from shared.domain.errors import storable
 from upload_worker.loading import RAW_CHARACTERS, Reject
 from upload_worker.plan import Column
 from upload_worker.records import printable
@@ -88,7 +89,10 @@ class RowWriter:
         """The line without its newline. Raises BadLine."""
         found = decode_object(line)
         if not found.keys() <= self._keys:
-            raise self._unknown_key(found)
+            # What the plan calls a key is what can be stored of it.
+            found = {storable(key): value for key, value in found.items()}
+            if not found.keys() <= self._keys:
+                raise self._unknown_key(found)
         # Whatever COPY wants escaped is escaped in JSON too, with a backslash.
         escaped = b"\\" in line
         fields = []

@@ -1,10 +1,11 @@
 """How one file is read: decided once, by looking at it, and then stored with the task."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from shared.domain.csv_options import ColumnType, Compression
+from shared.domain.errors import storable
 
 # COPY always has a quote character; a file without quoting gets one that text does not contain.
 NO_QUOTE = "\x01"
@@ -37,7 +38,9 @@ class Dialect(_Frozen):
 class Column(_Frozen):
     name: str
     type: ColumnType
-    source_name: str | None = Field(default=None, description="As in the file; None if that has no name for it.")
+    source_name: Annotated[str | None, BeforeValidator(lambda name: name and storable(name))] = Field(
+        default=None, description="As in the file, but `storable`; None if that has no name for it."
+    )
 
 
 class FilePlan(_Frozen):

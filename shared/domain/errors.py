@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 DETAIL_CHARACTERS = 2000
 
 
-def storable(text: str, most_characters: int) -> str:
+def storable(text: str, most_characters: int | None = None) -> str:
     """`text` as PostgreSQL and JSON can hold it: without NUL and lone surrogates, and not longer than allowed."""
-    if len(text) > most_characters:
+    if most_characters is not None and len(text) > most_characters:
         text = text[: most_characters - 1] + "…"
     return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
 

@@ -191,6 +191,23 @@ async def test_appended_lines_take_the_columns_of_the_dataset(scene: Scene) -> N
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "name", "told"),
+    [
+        pytest.param(b"n,a\x00b\n1,x\n2,y\n", "a b", "a\\x00b", id="NUL in CSV"),
+        pytest.param(parquet({"n": [1, 2], "a\x00b": ["x", "y"]}), "a b", "a\\x00b", id="NUL in Parquet"),
+        pytest.param(jsonl({"n": 1, "a\x00b": "x"}, {"n": 2, "a\x00b": "y"}), "a b", "a\\x00b", id="NUL in JSONL"),
+        pytest.param(b'{"n":1,"\\ud800":"x"}\n{"n":2,"\\ud800":"y"}\n', "column_2", "\\ud800", id="lone surrogate"),
+    ],
+)
+async def test_a_name_that_cannot_be_stored_is_told_escaped(scene: Scene, content: bytes, name: str, told: str) -> None:
+    task = await scene.succeed(content)
+    assert list(await scene.columns()) == ["n", name]
+    assert await scene.rows() == [(1, "x"), (2, "y")]
+    assert task.result is not None
+    assert task.result["notes"] == [{"column": 2, "from": told, "to": name}]
+
+
 GOOD = parquet({"n": list(range(5000)), "s": [f"{n}" * 20 for n in range(5000)]})
 
 
