@@ -10,6 +10,7 @@ from shared.domain.csv_options import ColumnOption, ColumnType, Compression, Csv
 from shared.domain.errors import BadRecord, InvalidData
 from upload_worker.column_names import column_names
 from upload_worker.column_types import NULL_WORDS, best_null, column_type, fits
+from upload_worker.cutter import MAX_RECORD_BYTES
 from upload_worker.dialects import guess_dialect
 from upload_worker.encoding import Encoding, guess_encoding
 from upload_worker.plan import Column, CsvPlan, Dialect
@@ -19,8 +20,8 @@ from upload_worker.sources import ByteSource, RangeReader, closing, open_source
 SAMPLE_BYTES = 512 << 10
 FAR_SAMPLE_BYTES = 64 << 10
 FAR_SAMPLES = 4
-# A header or first record that is longer than the sample: read on, up to this.
-MAX_HEAD_BYTES = 8 << 20
+# A header or first record that is longer than the sample: read on, up to what a record may be.
+_LONGER_SAMPLES = (8 << 20, MAX_RECORD_BYTES)
 
 Row = list[str]
 
@@ -57,7 +58,7 @@ async def sniff(reader: RangeReader, size: int, options: CsvOptions) -> CsvPlan:
     magic = await read_head(reader(0, min(size, MAGIC_BYTES)), MAGIC_BYTES)
     compression = options.compression or guess_compression(magic)
     source = open_source(reader, size, compression)
-    for sample_bytes in (SAMPLE_BYTES, MAX_HEAD_BYTES):
+    for sample_bytes in (SAMPLE_BYTES, *_LONGER_SAMPLES):
         head = await read_head(source.read(0, sample_bytes), sample_bytes)
         whole = len(head) < sample_bytes
         encoding, bom, notes = await asyncio.to_thread(guess_encoding, head, options.encoding, whole)
@@ -104,9 +105,9 @@ def _no_record(sample: _Sample, head_bytes: int) -> InvalidData:
             "file, or set the right quote and escape characters in the import's csv options.",
             line=1,
         )
-    if head_bytes == MAX_HEAD_BYTES:
+    if head_bytes == MAX_RECORD_BYTES:
         return InvalidData(
-            f"The first record does not end within {MAX_HEAD_BYTES >> 20} MiB. Probably a quote in it is "
+            f"The first record does not end within {MAX_RECORD_BYTES >> 20} MiB. Probably a quote in it is "
             "never closed, or this is no CSV file.",
             line=1,
         )
