@@ -16,6 +16,7 @@ from shared.adapters.objects import S3ObjectStore
 from shared.adapters.outbox import PgOutbox, relay
 from shared.adapters.postgres import PgDatabase
 from shared.adapters.rabbit import RabbitBus
+from shared.adapters.sessions import end_fenced_sessions
 from shared.adapters.task_store import PgTaskStore
 from shared.config import Settings
 from shared.domain.messages import CONTROL_QUEUE
@@ -25,7 +26,7 @@ from shared.worker import store_policy
 log = structlog.get_logger()
 
 # Advisory locks of the periodic duties, one each.
-RELAY_LOCK, REAPER_LOCK, SWEEPER_LOCK, SEALER_LOCK = 0x51_0001, 0x51_0002, 0x51_0003, 0x51_0004
+RELAY_LOCK, REAPER_LOCK, SWEEPER_LOCK, SEALER_LOCK, SESSIONS_LOCK = range(0x51_0001, 0x51_0006)
 COMMANDS_SIDE_BY_SIDE = 10
 
 
@@ -47,6 +48,10 @@ async def _control(settings: Settings) -> None:
             while await relay(database, bus, older_than_seconds=settings.relay_interval_seconds):
                 log.info("relayed what was left in the outbox")
 
+        async def disconnect() -> None:
+            if count := await end_fenced_sessions(database):
+                log.warning("disconnected sessions of claims that have ended", sessions=count)
+
         bus.consume(CONTROL_QUEUE, CommandHandler(store, bus), prefetch=COMMANDS_SIDE_BY_SIDE)
         checks = {"postgres": database.probe, "rabbitmq": bus.probe}
         health = await serve_health(settings, checks)
@@ -57,6 +62,7 @@ async def _control(settings: Settings) -> None:
             for seconds, duty, name, lock in (
                 (settings.relay_interval_seconds, relay_outbox, "relay", RELAY_LOCK),
                 (settings.reap_interval_seconds, reap, "reaper", REAPER_LOCK),
+                (settings.reap_interval_seconds, disconnect, "sessions", SESSIONS_LOCK),
                 (settings.sweep_interval_seconds, sweep, "sweeper", SWEEPER_LOCK),
                 (settings.sweep_interval_seconds, Sealer(database, objects), "sealer", SEALER_LOCK),
             ):
