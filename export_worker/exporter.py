@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from export_worker import formats, snapshot
+from export_worker import formats, snapshot, survey
 from export_worker.formats.format import Encoded, Format
 from export_worker.parts import Piece
 from export_worker.publishing import check_name, publish_file
@@ -17,14 +17,14 @@ from export_worker.reading import Chunk, Reader
 from export_worker.segments import Segments, discard
 from export_worker.selection import select
 from export_worker.snapshot import HEAD, Plan
-from export_worker.survey import survey
+from shared.adapters.sessions import ClaimSessions
 from shared.domain.checkpoint import Checkpoint, Range
 from shared.domain.errors import CountMismatch
 from shared.domain.export_params import ExportRequest
 from shared.domain.task import Task
 from shared.multipart import part_size
 from shared.ports.database import Connection
-from shared.ports.kinds import Batch, Claim
+from shared.ports.kinds import Batch, Claim, Job
 from shared.ports.objects import ObjectStat, Part
 from shared.ports.tasks import Progress
 from shared.worker import Tools
@@ -49,24 +49,38 @@ class Export:
         self._keep_seconds = tools.settings.lease_seconds / 4
 
     @asynccontextmanager
-    async def open(self, claim: Claim) -> AsyncIterator["ExportJob"]:
+    async def open(self, claim: Claim) -> AsyncIterator[Job]:
         params = ExportRequest.model_validate(claim.task.params)
         if claim.task.plan is None:
             plan = await self._plan(claim, params)
         else:
             plan = Plan.model_validate(claim.task.plan)
+        if survey.is_needed(params, plan):
+            yield survey.SurveyedJob(lambda: self._surveyed(claim, params))
+        else:
+            yield await self._job(claim, params, plan)
+
+    async def _surveyed(self, claim: Claim, params: ExportRequest) -> "ExportJob":
+        async def keep(plan: Plan) -> None:
+            await claim.save_plan(plan.model_dump(mode="json"), rows_total=plan.rows_known)
+
+        plan = Plan.model_validate(claim.task.plan)
+        sessions = ClaimSessions(self._database, claim.task)
+        return await self._job(claim, params, await survey.survey(sessions, params, plan, keep))
+
+    async def _job(self, claim: Claim, params: ExportRequest, plan: Plan) -> "ExportJob":
         form = formats.make(params.format, plan.columns, params.csv, plan.digits)
         segments = Segments(claim, self._objects, form.content_type)
         await segments.take_up()
         reader = Reader(
-            self._database,
+            ClaimSessions(self._database, claim.task),
             plan,
             select(params, plan.types),
             form,
             ahead=self._ahead,
             most_bytes=_MOST_PARTS * plan.part_bytes,
         )
-        yield ExportJob(claim, params, plan, form, reader, segments, keep_seconds=self._keep_seconds)
+        return ExportJob(claim, params, plan, form, reader, segments, keep_seconds=self._keep_seconds)
 
     async def discard(self, task: Task) -> None:
         async with self._database.connection() as connection:
@@ -83,7 +97,7 @@ class Export:
         async with self._database.connection() as connection:
             plan = await snapshot.take(connection, claim.task, params, part_bytes=self._part_bytes)
             await check_name(connection, claim.task.account_id, plan.file_name, overwrite=params.overwrite)
-        plan = await survey(self._database, params, plan)
+        survey.check_rows(params, plan.rows_known)
 
         async def prepare(connection: Connection) -> None:
             await snapshot.pin(connection, claim.task, plan)

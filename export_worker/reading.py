@@ -6,22 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
+from export_worker import session
 from export_worker.formats.format import Copy, Encoded, Format
-from export_worker.selection import VALUES_SETTING, Selection
+from export_worker.selection import Selection
 from export_worker.snapshot import HEAD, Plan, ReadRange
-from shared.adapters.catalog import LOADS_SCHEMA, load_table
 from shared.ports.database import Database
-
-# What is written must not depend on how the server happens to be set up. Only a scan of the range's own blocks, in
-# their order, is wanted; a table's first range after its last change may look to the planner like all of it.
-_SESSION = """
-SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO, YMD', true),
-    set_config('IntervalStyle', 'postgres', true), set_config('extra_float_digits', '1', true),
-    set_config('bytea_output', 'hex', true), set_config('enable_seqscan', 'off', true),
-    set_config('max_parallel_workers_per_gather', '0', true), set_config('statement_timeout', '0', true),
-    set_config($1, $2, true)
-"""
-
 
 # The server sends 8 KiB at a time. To be woken for each costs more than what is done with it; while nobody reads, the
 # socket's buffer fills.
@@ -111,11 +100,7 @@ class Reader:
     async def _read(self, what: ReadRange, rows: int | None = None) -> Chunk:
         """The range, or as much from its start as `most_bytes` allow; which part that is depends on nothing else."""
         while True:
-            table = f"{LOADS_SCHEMA}.{load_table(what.load_id)}"
-            source = (
-                f"FROM {table} WHERE ctid >= '{what.tid(what.start)}'::tid AND ctid < '{what.tid(what.end)}'::tid"
-                f"{self._selection.where}{'' if rows is None else f' LIMIT {rows}'}"
-            )
+            source = f"{what.source(self._selection.where)}{'' if rows is None else f' LIMIT {rows}'}"
             single = what.end - what.start == 1
             try:
                 answer, count = await self._copy(self._format.rows(source), None if single else self._most_bytes)
@@ -138,6 +123,6 @@ class Reader:
                 await asyncio.sleep(_GATHER_SECONDS)
 
         async with self._database.transaction() as connection:
-            await connection.execute(_SESSION, VALUES_SETTING, self._selection.values)
+            await session.prepare(connection, self._selection.values)
             count = await connection.copy_out(copy.query, sink=keep, **copy.options)
         return b"".join(pieces), count

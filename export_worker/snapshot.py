@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from export_worker import session
 from export_worker.selection import check_values, utc
-from shared.adapters.catalog import LOADS_SCHEMA, Column, find_dataset
+from shared.adapters.catalog import LOADS_SCHEMA, Column, find_dataset, load_table
 from shared.domain.errors import LockTimeout, NotFound
 from shared.domain.export_params import ExportRequest
 from shared.domain.task import DatasetId, LoadId, Task
@@ -33,6 +34,11 @@ class ReadRange(NamedTuple):
     def tid(self, position: int) -> str:
         block, place = divmod(position - self.base, PLACES_PER_BLOCK)
         return f"({block},{place})"
+
+    def source(self, where: str) -> str:
+        """Its rows as SQL, from FROM on; `where` begins with AND or is empty."""
+        table = f"{LOADS_SCHEMA}.{load_table(self.load_id)}"
+        return f"FROM {table} WHERE ctid >= '{self.tid(self.start)}'::tid AND ctid < '{self.tid(self.end)}'::tid{where}"
 
     def half(self) -> "ReadRange":
         """The first half, cut at the roundest position inside: a multiple of the largest power of two."""
@@ -67,6 +73,14 @@ class Plan(_Frozen):
     rows_known: int | None
 
     types: dict[str, str]
+    surveyed: int = Field(
+        default=HEAD, description="The position up to which all rows were looked at, where the format asks for it."
+    )
+    surveyed_rows: int = 0
+    extent: dict[str, tuple[int, int] | None] = Field(
+        default_factory=dict,
+        description="The most digits behind and before the point in each numeric column so far, None once it has NaN.",
+    )
     digits: dict[str, tuple[int, int]] = Field(
         default_factory=dict, description="Precision and scale of numeric columns, where the format asks for them."
     )
@@ -111,7 +125,14 @@ SELECT load_id, $2 FROM sluice.loads WHERE load_id = ANY($1) AND detached_at IS 
 
 
 async def take(connection: Connection, task: Task, params: ExportRequest, *, part_bytes: int) -> Plan:
-    """Look at the dataset as it is now. Raises NotFound and InvalidRequest."""
+    """Look at the dataset as it is at one moment. Raises NotFound, InvalidRequest and LockTimeout."""
+    async with connection.transaction():
+        await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        await session.prepare(connection, "[]")
+        return await _taken(connection, task, params, part_bytes)
+
+
+async def _taken(connection: Connection, task: Task, params: ExportRequest, part_bytes: int) -> Plan:
     dataset = await find_dataset(connection, task.account_id, params.dataset)
     if dataset is None:
         raise NotFound(f"there is no dataset {params.dataset!r} any more")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from shared.adapters.catalog import data_schema
 from shared.adapters.postgres import quoted
+from shared.adapters.value_settings import VALUE_SETTINGS
 from shared.domain.errors import NotFound, StatementTimeout, TooLarge, TooManyRequests
 from shared.domain.task import AccountId
 from shared.ports.database import Database
@@ -113,7 +114,8 @@ class Datasets:
         table = f"{quoted(dataset.schema)}.{quoted(dataset.name)}"
         async with self._database.transaction() as connection:
             await connection.execute(
-                "SELECT set_config('statement_timeout', $1, true), set_config('transaction_read_only', 'on', true)",
+                f"SELECT {VALUE_SETTINGS}, set_config('statement_timeout', $1, true),"
+                " set_config('transaction_read_only', 'on', true)",
                 str(PREVIEW_MILLISECONDS),
             )
             rows = await connection.fetch(
@@ -159,7 +161,7 @@ class Datasets:
                 f"{STREAMS_AT_ONCE} datasets are being streamed at this moment; try again, or make an export task"
             )
         async with self._streaming, self._database.transaction() as connection:
-            await connection.execute("SELECT set_config('transaction_read_only', 'on', true)")
+            await connection.execute(f"SELECT {VALUE_SETTINGS}, set_config('transaction_read_only', 'on', true)")
             try:
                 # PostgreSQL's own statement_timeout does not count while it waits for its client to read.
                 async with asyncio.timeout(STREAM_SECONDS):
