@@ -72,9 +72,11 @@ class Upkeep(Transitions):
             for task in rows_to_tasks(await connection.fetch(_WINDOWED, after)):
                 last = task.task_id
                 assert task.run_window is not None, "the query asks for it"
-                if task.resume_at is not None and task.state is TaskState.PAUSED:
+                is_open = task.run_window.is_open(now)
+                # The server's clock may be ahead of ours: what it calls due would be paused again at once.
+                if task.state is TaskState.PAUSED and is_open:
                     trigger, reason, resume_at = Trigger.RESUME, f"its run window opens: {task.run_window}", None
-                elif task.state is not TaskState.PAUSED and not task.run_window.is_open(now):
+                elif task.state is not TaskState.PAUSED and not is_open:
                     resume_at = task.run_window.next_open(now)
                     trigger, reason = Trigger.PAUSE, f"outside its run window: {task.run_window}"
                 else:

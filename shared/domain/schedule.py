@@ -50,7 +50,8 @@ class RunWindow(BaseModel):
         """The next opening after `now`, in UTC; `now` itself while the window is open."""
         if self.is_open(now):
             return now
-        return min(start for start, _ in self._around(now) if start > now)
+        # A window inside the hour that a night skips is empty that day.
+        return min(start for start, end in self._around(now) if now < start < end)
 
     def _around(self, now: datetime) -> list[tuple[datetime, datetime]]:
         zone = ZoneInfo(self.time_zone)
