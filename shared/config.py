@@ -21,6 +21,7 @@ class Settings(BaseSettings):
     postgres_dsn: str = Field(description="postgresql://user:password@host:port/database")
     amqp_url: str = Field(description="amqp://user:password@host:port/vhost")
     s3_endpoint: str = Field(description="http://host:port of an S3-compatible store")
+    s3_public_endpoint: str | None = Field(default=None, description="by which clients reach it; the same by default")
     s3_access_key: SecretStr
     s3_secret_key: SecretStr
     s3_bucket: str = "sluice"

@@ -112,7 +112,8 @@ class S3ObjectStore:
         query = {}
         if filename is not None:
             query["response-content-disposition"] = f"attachment; filename*=UTF-8''{quote(filename, safe='')}"
-        return str(self._s3.presign("GET", self._prefix + key, query=query, expiry=timedelta(seconds=seconds)))
+        expiry = timedelta(seconds=seconds)
+        return str(self._s3.presign("GET", self._prefix + key, query=query, expiry=expiry, public=True))
 
     # --- multipart uploads: the SDK offers them only through its underscored methods, called nowhere else
 

@@ -48,6 +48,10 @@ class S3Client:
         self.endpoint = settings.s3_endpoint
         self._quick = self._connect(settings, read_seconds=idle_seconds)
         self._patient = self._connect(settings, read_seconds=copy_seconds)
+        self._public = self._quick
+        if settings.s3_public_endpoint is not None:
+            public = settings.model_copy(update={"s3_endpoint": settings.s3_public_endpoint})
+            self._public = self._connect(public, read_seconds=idle_seconds)
         self._threads = ThreadPoolExecutor(ADMIN_THREADS, thread_name_prefix="s3-admin")
 
     @staticmethod
@@ -55,7 +59,7 @@ class S3Client:
         endpoint = urlsplit(settings.s3_endpoint)
         if endpoint.scheme not in ("http", "https") or not endpoint.netloc or endpoint.path.strip("/"):
             raise StoreMisconfigured(
-                f"SLUICE_S3_ENDPOINT is {settings.s3_endpoint!r}; write it as http://host:port or https://host"
+                f"the address of the object store is {settings.s3_endpoint!r}; write it as http://host:port or https://host"
             )
         return Minio(
             endpoint.netloc,
@@ -84,10 +88,11 @@ class S3Client:
         *,
         expiry: timedelta = DATA_PLANE_EXPIRY,
         query: dict[str, str] | None = None,
+        public: bool = False,
     ) -> yarl.URL:
-        url = self._quick.get_presigned_url(
-            method, self.bucket, key, expires=expiry, extra_query_params=dict(query or {})
-        )
+        """`public`: for somebody else, by the address that others know the store by."""
+        signer = self._public if public else self._quick
+        url = signer.get_presigned_url(method, self.bucket, key, expires=expiry, extra_query_params=dict(query or {}))
         return yarl.URL(url, encoded=True)  # quoting it again would break the signature
 
     async def ask(self, question: Callable[[Minio], T], key: str = "") -> T:

@@ -3,18 +3,22 @@
 import asyncio
 import random
 from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
-from hypothesis import given, settings
+import yarl
+from hypothesis import given
+from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 from gateway.ranges import Part, Representation, is_unmodified, wanted_part
 from shared.adapters.objects import S3ObjectStore
 from shared.adapters.postgres import PgDatabase
-from shared.config import MIB
+from shared.config import MIB, Settings
 from shared.domain.errors import PreconditionFailed, RangeNotSatisfiable
-from tests.gateway_process import Client
+from tests.faults.tap import Tap
+from tests.gateway_process import Client, running_gateway
 
 SIZE = 1000
 DATA = random.Random(1).randbytes(SIZE)
@@ -36,7 +40,7 @@ def model(first: int | None, last: int | None) -> tuple[int, bytes]:
 @given(
     ranges=st.one_of(st.tuples(POSITIONS, st.none()), st.tuples(st.none(), POSITIONS), st.tuples(POSITIONS, POSITIONS))
 )
-@settings(max_examples=150, deadline=None)
+@trials(max_examples=150, deadline=None)
 def test_a_range_is_the_one_of_the_model(ranges: tuple[int | None, int | None]) -> None:
     first, last = ranges
     there = Representation(SIZE, "tag", datetime.now(UTC))
@@ -178,6 +182,19 @@ async def test_a_redirect_leads_to_the_bytes_without_credentials(alice: Client) 
     async with aiohttp.ClientSession() as session, session.get(answer.headers["Location"]) as response:
         assert await response.read() == DATA
         assert "%C3%A4.bin" in response.headers["Content-Disposition"]
+
+
+async def test_a_redirect_leads_where_clients_reach_the_store(settings: Settings) -> None:
+    async with (
+        Tap(urlsplit(settings.s3_endpoint).port or 0) as tap,
+        running_gateway(settings, s3_public_endpoint=f"http://{tap.address}") as nobody,
+    ):
+        alice = await nobody.with_account("alice")
+        put = await alice.put("/v1/files/a", DATA)
+        link = (await alice.get(f"{put.headers['Location']}/content?redirect=true")).headers["Location"]
+        assert link.startswith(f"http://{tap.address}/")
+        async with aiohttp.ClientSession() as session, session.get(yarl.URL(link, encoded=True)) as response:
+            assert await response.read() == DATA  # signed for that address
 
 
 async def test_bytes_that_the_store_lost_are_an_error_and_no_empty_file(
