@@ -1,10 +1,13 @@
 """What a file may be called, and how a name is written into a header."""
 
+import unicodedata
 from urllib.parse import quote
 
 from shared.domain.errors import InvalidRequest
 
 MAX_NAME_BYTES = 1024
+# Bidirectional controls (Unicode, UAX #9) make a name look like another.
+_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def check_file_name(name: str, *, where: str = "path") -> str:
@@ -19,13 +22,20 @@ def check_file_name(name: str, *, where: str = "path") -> str:
         raise InvalidRequest("the file name is not valid Unicode") from None
     if size > MAX_NAME_BYTES:
         fault = f"has {size} bytes in UTF-8; {MAX_NAME_BYTES} are allowed"
-    elif not name.isprintable():
+    elif not all(_is_allowed(character) for character in name):
         fault = "has control characters, or others that cannot be printed"
     elif any(part in ("", ".", "..") for part in name.split("/")):
         fault = "has an empty part, or one that is . or .., between slashes"
     if fault is not None:
         raise InvalidRequest(f"the file name {fault}", errors=[{"in": where, "field": "file_name", "fault": fault}])
     return name
+
+
+def _is_allowed(character: str) -> bool:
+    """Spaces of all kinds, as in the names of macOS screenshots, and joiners, as in emoji, but not what turns text."""
+    if character.isprintable():
+        return True
+    return unicodedata.category(character) in ("Zs", "Cf") and character not in _TURNING
 
 
 def attachment(name: str) -> str:
