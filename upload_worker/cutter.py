@@ -8,6 +8,7 @@ from shared.domain.errors import InvalidData
 from upload_worker.encoding import Encoding
 from upload_worker.plan import CsvPlan, Dialect
 from upload_worker.records import (
+    Forward,
     byte_count,
     fragments,
     last_record_end,
@@ -52,10 +53,17 @@ class CsvBatch:
 
     def line_of(self, offset: int) -> int:
         """The number, in the file, of the line on which the record at `offset` of `data` begins."""
-        if self.raw is self.data:
-            return self.line + line_count(self.data[:offset])
-        start = self._raw_starts[record_count(self.data[:offset], self.dialect)]
-        return self.line + line_count(self.raw[:start])
+        if self.raw is not self.data:
+            offset = self._raw_starts[self._records.before(offset)]
+        return self.line + self._raw_lines.before(offset)
+
+    @cached_property
+    def _records(self) -> Forward:
+        return Forward(self.data, lambda data: record_count(data, self.dialect))
+
+    @cached_property
+    def _raw_lines(self) -> Forward:
+        return Forward(self.raw, line_count)
 
     @cached_property
     def _raw_starts(self) -> list[int]:

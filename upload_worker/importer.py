@@ -132,10 +132,9 @@ class ImportJob:
         async with self._claim.batch() as work:
             rejects = 0
             if self._params.on_error is OnError.SKIP:
-                rows, rejected = await self._loader.load_good(work.connection, piece)
+                rows, rejected = await self._loader.load_good(work.connection, piece, self._count_reject)
                 rejects = len(rejected)
                 if rejected:
-                    self._count_rejects(rejected)
                     await keep_rejects(work.connection, self._claim.task.task_id, rejected)
             else:
                 rows = await self._loader.load(work.connection, piece)
@@ -144,15 +143,14 @@ class ImportJob:
             cursor = self._file.cursor(self._claim.checkpoint.prefix(self._file.start))
             work.done(Range(batch.start, batch.end, piece.lines), progress, cursor)
 
-    def _count_rejects(self, rejected: list[Reject]) -> None:
-        self._rejects += len(rejected)
+    def _count_reject(self, reject: Reject) -> None:
+        self._rejects += 1
         if self._rejects > self._params.max_rejects:
-            last = rejected[-1]
             raise TooManyRejects(
                 f"more than max_rejects ({self._params.max_rejects}) records cannot be loaded; the last, line "
-                f"{last.line}: {last.reason}. Look at the task's rejects, correct the file or the import's options, or "
-                "allow more",
-                line=last.line,
+                f"{reject.line}: {reject.reason}. Look at the task's rejects, correct the file or the import's "
+                "options, or allow more",
+                line=reject.line,
             )
 
     async def seal(self) -> None:

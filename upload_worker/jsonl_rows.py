@@ -6,6 +6,7 @@ Numbers are never parsed: their digits go to PostgreSQL as they stand in the fil
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -14,7 +15,7 @@ from shared.domain.csv_options import ColumnType
 from shared.domain.errors import storable
 from upload_worker.loading import RAW_CHARACTERS, Reject
 from upload_worker.plan import Column
-from upload_worker.records import printable
+from upload_worker.records import Forward, printable
 
 
 class Number(str):
@@ -150,8 +151,16 @@ class JsonlPiece:
         return start, self.data.index(b"\n", start, end) + 1
 
     def source_of(self, start: int, end: int) -> tuple[int, str]:
-        offset = self.rows[self.data.count(b"\n", 0, start)]
-        return self.line + offset, _text(self.source.split(b"\n")[offset])
+        offset = self.rows[self._rows.before(start)]
+        return self.line + offset, _text(self._source_lines[offset])
+
+    @cached_property
+    def _rows(self) -> Forward:
+        return Forward(self.data, lambda data: data.count(b"\n"))
+
+    @cached_property
+    def _source_lines(self) -> list[bytes]:
+        return self.source.split(b"\n")
 
 
 def write_piece(source: bytes, start: int, end: int, line: int, writer: RowWriter) -> JsonlPiece:

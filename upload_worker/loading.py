@@ -1,6 +1,6 @@
 """One piece of a file into the load's table: COPY of its records, and bad ones found and set aside."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,9 @@ from shared.domain.task import LoadId, TaskId
 from shared.ports.database import Connection
 
 # What is sent again after a bad record was found: small enough that many bad ones do not make it quadratic.
-_SMALLEST_WINDOW = 64 << 10
+_SMALLEST_WINDOW = 4 << 10
+_SAVE = "SAVEPOINT good"
+_MOVE_ON = "RELEASE SAVEPOINT good; SAVEPOINT good"
 # A reject keeps this much of its record.
 RAW_CHARACTERS = 64 << 10
 
@@ -82,28 +84,41 @@ class Loader:
         self._check(piece, rows)
         return rows
 
-    async def load_good(self, connection: Connection, piece: Piece) -> tuple[int, list[Reject]]:
-        """Load the records that can be loaded; answers the rows and the rejects."""
+    async def load_good(
+        self, connection: Connection, piece: Piece, count: Callable[[Reject], None]
+    ) -> tuple[int, list[Reject]]:
+        """Load the records that can be loaded; answers the rows and the rejects.
+
+        `count` is called with each reject when it is found, and ends this by raising an error.
+        """
+        for reject in piece.rejects:
+            count(reject)
         data, size = piece.data, len(piece.data)
         rows, refused = 0, list[Reject]()
         position, window = 0, size
+        # One savepoint that moves on: a transaction of its own for each window would stay open beneath the next one.
+        await connection.execute(_SAVE)
         while position < size:
-            end = (window < size - position and piece.records_end(position, window)) or size
+            end = _window_end(piece, position, window)
             try:
-                async with connection.transaction():
-                    rows += await self._copy(connection, data[position:end])
+                rows += await self._copy(connection, data[position:end])
             except BadRecord as error:
+                await connection.execute("ROLLBACK TO SAVEPOINT good")
                 found = piece.record_at(position, end, error.extra["line"])
                 if found is None:
                     raise
+                refused.append(_reject(piece, found, error))
+                count(refused[-1])
                 if found[0] > position:
                     rows += await self._copy(connection, data[position : found[0]])
-                refused.append(_reject(piece, found, error))
+                    await connection.execute(_MOVE_ON)
                 position = found[1]
                 window = max(_SMALLEST_WINDOW, window // 4)
             else:
                 position = end
                 window *= 4
+                if position < size:
+                    await connection.execute(_MOVE_ON)
         self._check(piece, rows + len(refused))
         return rows, sorted([*piece.rejects, *refused], key=lambda reject: reject.line)
 
@@ -117,6 +132,16 @@ class Loader:
                 f"in the part of the file from position {piece.start} to {piece.end} PostgreSQL counted {count} "
                 "records, which is not what was cut; for CSV: the options quote and escape probably do not fit it"
             )
+
+
+def _window_end(piece: Piece, position: int, window: int) -> int:
+    """Where a record ends about `window` behind `position`; a longer record makes it longer."""
+    size = len(piece.data)
+    while window < size - position:
+        if end := piece.records_end(position, window):
+            return end
+        window *= 4
+    return size
 
 
 async def keep_rejects(connection: Connection, task_id: TaskId, rejects: Sequence[Reject]) -> None:

@@ -5,7 +5,7 @@ quote itself counts only inside quotes (CopyReadLineText in PostgreSQL's copyfro
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 from upload_worker.encoding import with_original_bytes
@@ -108,6 +108,22 @@ def split_records(data: bytes, dialect: Dialect) -> Iterator[tuple[int, int]]:
         offset += len(part) + 1
     if start < len(data):
         yield start, len(data)
+
+
+class Forward:
+    """Counts what is before an offset at which a record begins; no byte twice for those who only go forward."""
+
+    def __init__(self, data: bytes, count: Callable[[bytes], int]) -> None:
+        self._data = data
+        self._count = count
+        self._offset = self._counted = 0
+
+    def before(self, offset: int) -> int:
+        if offset < self._offset:
+            self._offset = self._counted = 0
+        self._counted += self._count(self._data[self._offset : offset])
+        self._offset = offset
+        return self._counted
 
 
 def ready_for_copy(raw: bytes, dialect: Dialect, *, skip_blank_lines: bool) -> bytes:

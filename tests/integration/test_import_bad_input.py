@@ -219,6 +219,12 @@ async def test_more_rejects_than_allowed_fail_and_an_abort_removes_those_that_we
     assert await scene.leftovers(error["task_id"]) == {}
 
 
+async def test_an_import_stops_at_the_first_reject_that_is_too_many(scene: Scene) -> None:
+    """Though the rest of the batch is as bad."""
+    error = await scene.fail(b"id\n" + b"x\n" * 20, on_error="skip", max_rejects=3, csv={"columns": {"id": "bigint"}})
+    assert (error["code"], error["line"]) == ("too-many-rejects", 5)
+
+
 async def test_exactly_as_many_rejects_as_allowed_succeed(scene: Scene) -> None:
     content = b"id,w\n" + b"".join(b"%d,a\nx%d,b\n" % (n, n) for n in range(20))
     task = await scene.succeed(content, on_error="skip", max_rejects=20, csv={"columns": {"id": "bigint"}})
