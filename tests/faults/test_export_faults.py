@@ -4,13 +4,14 @@ import asyncio
 import random
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from shared.domain.errors import LockTimeout
 from shared.domain.task import Command, LoadId, Task, TaskId, TaskState
 from shared.ports.objects import MIN_PART_BYTES, Part
 from sluice.stack import Stack
@@ -278,6 +279,29 @@ async def test_a_frozen_worker_changes_nothing_when_it_wakes_up(fleet: Fleet) ->
         worker.resume()
     await fleet.whole()
     assert (await fleet.finished(task_id)).claims == 2
+
+
+async def test_a_reader_that_is_frozen_keeps_nobody_from_the_dataset_once_its_lease_has_ended(fleet: Fleet) -> None:
+    scene = fleet.scene
+    load = await add_numbers(scene, 60_000, dataset="read")
+    task_id = await planned(scene, "read")
+    async with out_of_reach(scene, load):
+        await scene.command(task_id, Command.RESUME)
+        await reads(scene, load)
+        task = await scene.store.get(task_id)
+        assert task is not None
+        holder = fleet.holder(task)
+        await asyncio.to_thread(holder.pause)
+    # Now the server answers, and nobody takes it.
+    half_sent = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'ClientWrite'"
+    await scene.when_value(half_sent, True)
+    async with asyncio.timeout(60):
+        while await scene.value("SELECT count(*) FROM sluice.loads WHERE load_id = $1 AND detached_at IS NULL", load):
+            with suppress(LockTimeout):
+                await scene.catalog.revert(scene.account_id, "read", load)
+    await asyncio.to_thread(holder.resume)
+    await succeeded(scene, task_id)
+    await fleet.whole()
 
 
 @pytest.mark.parametrize("seed", range(4))
