@@ -10,9 +10,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from gateway.operations import Answer, Auth, Operation
-from gateway.problems import MEDIA_TYPE, Problem, title
+from gateway.problems import MEDIA_TYPE, Malformed, Problem, UnsupportedMediaType, title
 from shared.domain.errors import (
     DatabaseUnavailable,
+    Forbidden,
     InvalidRequest,
     SluiceError,
     TooLarge,
@@ -159,10 +160,11 @@ def _problems(operation: Operation) -> dict[int, list[type[SluiceError]]]:
     errors: list[type[SluiceError]] = list(operation.problems)
     if operation.auth is not Auth.NONE:
         errors += [Unauthenticated, TooManyRequests, DatabaseUnavailable]
-    if operation.query is not None or operation.body is not None:
-        errors += [InvalidRequest]
+    errors += [InvalidRequest]  # an unknown parameter, at least
     if operation.body is not None:
-        errors += [TooLarge, TooSlow]
+        errors += [Malformed, TooLarge, TooSlow, UnsupportedMediaType]
+    if operation.method not in ("GET", "HEAD"):
+        errors += [Forbidden]  # to pages of other sites
     by_status: dict[int, list[type[SluiceError]]] = {}
     for error in dict.fromkeys(errors):
         by_status.setdefault(int(error.status), []).append(error)

@@ -11,7 +11,7 @@ from gateway.datasets import Dataset, StreamForm
 from gateway.file_names import attachment
 from gateway.operations import Answer, Call, Operation, Query, Reply
 from gateway.schemas import DatasetDetail, DatasetPage, DatasetView, LoadView, RowList
-from shared.domain.errors import LockTimeout, NotFound, StatementTimeout, TooLarge
+from shared.domain.errors import Conflict, LockTimeout, NotFound, StatementTimeout, TooLarge
 from shared.domain.import_params import DATASET_PATTERN
 from shared.domain.task import BIGINT_MAX, LoadId
 
@@ -127,13 +127,13 @@ OPERATIONS = [
         "/v1/datasets/{dataset}",
         drop_dataset,
         {204: Answer("It is dropped.")},
-        problems=[NotFound, LockTimeout],
+        problems=[NotFound, Conflict, LockTimeout],
     ),
     Operation(
         "DELETE",
         "/v1/datasets/{dataset}/loads/{load}",
         revert_load,
         {204: Answer("It is reverted.")},
-        problems=[NotFound, LockTimeout],
+        problems=[NotFound, Conflict, LockTimeout],
     ),
 ]

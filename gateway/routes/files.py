@@ -17,7 +17,6 @@ from gateway.problems import Malformed, UnsupportedMediaType
 from gateway.ranges import Part, check_write, is_unmodified, wanted_part
 from gateway.schemas import FilePage, FileView
 from shared.domain.errors import (
-    InvalidRequest,
     NotFound,
     ObjectMissing,
     PreconditionFailed,
@@ -194,7 +193,7 @@ OPERATIONS = [
             201: Answer("A new file.", FileView, headers=["Location", "ETag"]),
             200: Answer("The file of that name was replaced.", FileView, headers=["Location", "ETag"]),
         },
-        problems=[InvalidRequest, Malformed, PreconditionFailed, TooLarge, TooSlow, UnsupportedMediaType],
+        problems=[Malformed, PreconditionFailed, StoreUnavailable, TooLarge, TooSlow, UnsupportedMediaType],
         request_headers={"If-Match": _IF_MATCH, "If-None-Match": "`*`: only if there is no file of that name"},
         streams_body=True,
         tail="file",
@@ -214,7 +213,7 @@ OPERATIONS = [
         "/v1/files/{file}/content",
         download_file,
         {**_CONTENT_ANSWERS, 307: Answer("A link into the object store.", headers=["Location"])},
-        problems=[*_CONTENT_PROBLEMS, RangeNotSatisfiable],
+        problems=[*_CONTENT_PROBLEMS, RangeNotSatisfiable, StoreUnavailable],
     ),
     Operation(
         "HEAD",

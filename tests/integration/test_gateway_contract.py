@@ -26,6 +26,10 @@ def path_of(operation: Operation, value: str = "1") -> str:
     return re.sub(r"{\w+}", value, operation.path)
 
 
+def is_documented(described: Any, operation: Operation, status: int) -> bool:
+    return str(status) in described["paths"][operation.path][operation.method.lower()]["responses"]
+
+
 def name_of(operation: Operation) -> str:
     return f"{operation.method} {operation.path}"
 
@@ -51,16 +55,21 @@ async def test_every_operation_is_documented_and_every_documented_one_exists(nob
 
 
 async def test_nobody_gets_in_without_credentials(nobody: Client) -> None:
+    described = await document(nobody)
     for operation in OPERATIONS:
         answer = await nobody.ask(operation.method, path_of(operation))
+        assert is_documented(described, operation, answer.status), (name_of(operation), answer.status)
         assert (answer.status == 401) == (operation.auth is Auth.REQUIRED), name_of(operation)
 
 
 async def test_an_unknown_query_parameter_is_refused(alice: Client) -> None:
+    described = await document(alice)
     for operation in OPERATIONS:
-        if operation.method == "GET":
-            answer = await alice.get(path_of(operation) + "?nonsense=1")
-            assert (answer.status, answer.json["errors"][0]["field"]) == (422, "nonsense"), name_of(operation)
+        answer = await alice.ask(operation.method, path_of(operation) + "?nonsense=1")
+        assert answer.status == 422, name_of(operation)
+        assert is_documented(described, operation, 422), name_of(operation)
+        if operation.method != "HEAD":
+            assert answer.json["errors"][0]["field"] == "nonsense", name_of(operation)
 
 
 async def test_what_belongs_to_another_is_answered_like_what_is_not_there(alice: Client, bob: Client) -> None:
@@ -138,7 +147,10 @@ BAD_BODIES = [
 
 
 async def test_a_body_that_is_not_right_is_refused(alice: Client) -> None:
+    described = await document(alice)
+    create_token = next(operation for operation in OPERATIONS if operation.name == "create_token")
     for body, media_type, status, code in BAD_BODIES:
+        assert is_documented(described, create_token, status), status
         answer = await alice.post("/v1/tokens", data=body, headers={"Content-Type": media_type})
         assert (answer.status, answer.code) == (status, code), (body[:50], media_type)
 
@@ -179,6 +191,12 @@ async def test_a_request_id_is_echoed_if_it_is_harmless(nobody: Client) -> None:
 
 
 async def test_a_page_of_another_site_changes_nothing(alice: Client) -> None:
+    described = await document(alice)
+    for operation in OPERATIONS:
+        is_refused = operation.method not in ("GET", "HEAD")
+        answer = await alice.ask(operation.method, path_of(operation), headers={"Sec-Fetch-Site": "cross-site"})
+        assert (answer.status == 403) is is_refused, name_of(operation)
+        assert is_documented(described, operation, answer.status), (name_of(operation), answer.status)
     for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 404), ("none", 404)):
         answer = await alice.post("/v1/tasks/1/abort", headers={"Sec-Fetch-Site": site})
         assert answer.status == status, site
