@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from shared.ports.objects import MIB, MIN_PART_BYTES
 
-COPY_BYTES = 512 * MIB
-"""A copied part; 10,000 of them make 5 TB, S3's largest object, and one takes seconds, not minutes."""
+COPY_BYTES = 64 * MIB
+"""A copied part, unless there would be too many: a pause waits for those that are being made."""
+MOST_COPIES = 8_000
+"""S3 takes 10,000 parts; where sources meet there are smaller ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Piece:
 
 def plan_parts(sizes: Sequence[int]) -> list[list[Piece]]:
     """The parts that join sources of these sizes; one of several pieces is small and carried by hand."""
+    copy_bytes = max(COPY_BYTES, -(-sum(sizes) // MOST_COPIES))
     plan: list[list[Piece]] = []
     small: list[Piece] = []
     small_bytes = 0
@@ -40,7 +43,7 @@ def plan_parts(sizes: Sequence[int]) -> list[list[Piece]]:
             if small or left < MIN_PART_BYTES:
                 take = min(left, MIN_PART_BYTES - small_bytes)
             else:
-                take = min(left, COPY_BYTES)
+                take = min(left, copy_bytes)
                 if left - take < MIN_PART_BYTES:
                     take = left  # no crumb: it would have to be carried
             small.append(Piece(source, at, at + take, size))

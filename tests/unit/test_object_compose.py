@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.adapters.object_compose import COPY_BYTES, plan_parts
+from shared.adapters.object_compose import COPY_BYTES, MOST_COPIES, plan_parts
 from shared.multipart import part_size
 from shared.ports.objects import MAX_PARTS, MIB, MIN_PART_BYTES
 
@@ -39,7 +39,12 @@ def test_a_plan_has_every_byte_once_and_in_order(sizes: list[int]) -> None:
 def test_only_the_last_part_of_a_plan_is_small(sizes: list[int]) -> None:
     totals = [sum(piece.end - piece.start for piece in part) for part in plan_parts(sizes)]
     assert all(total >= MIN_PART_BYTES for total in totals[:-1])
-    assert all(total < COPY_BYTES + MIN_PART_BYTES for total in totals)
+    assert all(total < max(COPY_BYTES, sum(sizes) // MOST_COPIES + 1) + MIN_PART_BYTES for total in totals)
+
+
+def test_the_largest_object_is_joined_of_no_more_parts_than_there_may_be() -> None:
+    for sizes in ([5120 * GIB], [GIB + 1] * 5000, [MIN_PART_BYTES] * 900 + [5000 * GIB]):
+        assert len(plan_parts(sizes)) <= MAX_PARTS
 
 
 @settings(deadline=None)
