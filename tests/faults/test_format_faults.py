@@ -17,7 +17,7 @@ from shared.domain.task import Command, Kind, Task, TaskId, TaskState
 from shared.ports.objects import MIN_PART_BYTES
 from sluice.stack import Stack
 from sluice.stack.services import Service
-from tests.exports import add_load, begin_export, content, leftovers, succeeded
+from tests.exports import add_load, begin_export, content, export, leftovers, succeeded
 from tests.faults.scene import Scene, open_scene
 from tests.servers import own_database, own_vhost
 
@@ -128,8 +128,10 @@ async def begin_large_export(scene: Scene, form: str) -> TaskId:
     return await begin_export(scene, format=form, max_bytes_per_second=6_000_000)
 
 
-@pytest.mark.parametrize("form", ["parquet", "xlsx"])
-async def test_an_export_that_is_killed_and_paused_is_one_whole_file(movers: Movers, form: str) -> None:
+@pytest.mark.parametrize("form", ["csv.gz", "parquet", "xlsx"])
+async def test_an_export_that_is_killed_and_paused_has_the_same_bytes_as_one_that_is_not(
+    movers: Movers, form: str
+) -> None:
     scene = movers.scene
     task_id = await begin_large_export(scene, form)
     task = await scene.when(task_id, lambda task: task.rows_done > 0)
@@ -138,6 +140,11 @@ async def test_an_export_that_is_killed_and_paused_is_one_whole_file(movers: Mov
     task = await succeeded(scene, task_id)
     assert task.claims >= 3
     body = await content(scene, task)
+    assert body == await content(scene, await export(scene, format=form))
+    if form == "csv.gz":
+        lines = gzip.decompress(body).splitlines()[1:]
+        assert [int(line.partition(b",")[0]) for line in lines] == list(range(1, 40_001))
+        return
     if form == "parquet":
         rows = pq.read_table(io.BytesIO(body))
         assert rows.column("n").to_pylist() == list(range(1, 40_001))

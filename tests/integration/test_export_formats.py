@@ -114,14 +114,31 @@ async def test_duckdb_reads_parquet(exporting: Scene, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "xlsx"])
 async def test_nothing_to_export_is_a_file_without_rows(exporting: Scene, form: str) -> None:
-    await add_numbers(exporting, 10)
-    for params in ({"limit": 0}, {"conditions": [{"column": "n", "op": ">", "value": 10}]}):
+    load = await add_numbers(exporting, 10)
+    none: list[dict[str, Any]] = [{"limit": 0}, {"conditions": [{"column": "n", "op": ">", "value": 10}]}, {}]
+    for params in none:
+        if not params:
+            await exporting.catalog.revert(exporting.account_id, "data", load)
         body = await content(exporting, await export(exporting, format=form, **params))
         if form == "parquet":
             table = pq.read_table(io.BytesIO(body))
             assert (table.column_names, table.num_rows) == (["n", "filling"], 0)
         else:
             assert sheet(body) == [("n", "filling")]
+
+
+@pytest.mark.parametrize("form", ["parquet", "xlsx"])
+async def test_sixteen_hundred_numbers_fit_less_the_column_that_loads_have(exporting: Scene, form: str) -> None:
+    numbers = [Decimal(number % 2) / 2 for number in range(1599)]
+    columns = {f"c{number}": "numeric" for number in range(1599)}
+    await add_load(exporting, columns, f"SELECT {', '.join(map(str, numbers))} FROM generate_series(1, 3)")
+    body = await content(exporting, await export(exporting, format=form))
+    if form == "parquet":
+        table = pq.read_table(io.BytesIO(body))
+        assert {str(type_) for type_ in table.schema.types} == {"decimal128(18, 0)", "decimal128(18, 1)"}
+        assert [list(row.values()) for row in table.to_pylist()] == [numbers] * 3
+    else:
+        assert sheet(body) == [tuple(columns)] + [tuple(numbers)] * 3
 
 
 @pytest.mark.parametrize("value", ["'infinity'", "'-infinity'", "'0044-03-15 BC'", "'10000-01-01'"])

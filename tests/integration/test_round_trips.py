@@ -20,6 +20,8 @@ from tests.faults.scene import Scene, open_scene
 from tests.servers import own_database, own_vhost
 
 TYPES = {
+    # First: what begins a row may be taken for the beginning of a file.
+    "s": "text",
     "i": "bigint",
     "n": "numeric",
     "d": "double precision",
@@ -30,17 +32,40 @@ TYPES = {
     "id": "uuid",
     "doc": "jsonb",
     "raw": "bytea",
-    "s": "text",
 }
 
 WORKERS = ("control", "upload-worker", "export-worker")
 
 TEXTS = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
-    ["", " ", "NULL", "\\N", "\\.", '"', "a,b\nc\r\nd", "\t\\t", "00123", "1e5", "=1+1", "true", "2024-01-01"]
+    [
+        "",
+        " ",
+        "NULL",
+        "\\N",
+        "\\.",
+        '"',
+        "a,b\nc\r\nd",
+        "\t\\t",
+        "00123",
+        "1e5",
+        "=1+1",
+        "true",
+        "2024-01-01",
+        "\ufeff",
+        "\ufeffa",
+    ]
 )
-NUMERICS = st.decimals(allow_nan=False, allow_infinity=False, places=6, min_value=-(10**20), max_value=10**20)
-DOCUMENTS = st.recursive(
-    st.booleans() | st.integers() | TEXTS,
+NUMERICS = st.decimals(
+    allow_nan=False, allow_infinity=False, places=6, min_value=-(10**20), max_value=10**20
+) | st.sampled_from([Decimal("NaN"), Decimal("Infinity"), Decimal("-Infinity"), Decimal("1e-60"), Decimal("1e60")])
+# Values that Python has none for, as PostgreSQL writes them.
+FAR_DAYS = st.sampled_from(["infinity", "-infinity", "0044-03-15 BC", "10000-01-01", "5874897-12-31"])
+FAR_TIMES = st.sampled_from(
+    ["infinity", "-infinity", "0044-03-15 12:30:00.5 BC", "10000-01-01 00:00:00", "294276-12-31"]
+)
+JSON_NULL = "the document null, which is not NULL"
+DOCUMENTS = st.just(JSON_NULL) | st.recursive(
+    st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
     lambda inner: st.lists(inner | st.none(), max_size=3) | st.dictionaries(TEXTS, inner | st.none(), max_size=3),
     max_leaves=6,
 )
@@ -49,13 +74,12 @@ VALUES: Mapping[str, st.SearchStrategy[Any]] = {
     "n": NUMERICS,
     "d": st.floats(),
     "b": st.booleans(),
-    "day": st.dates(date(1, 1, 1), date(9999, 12, 31)),
-    "at": st.datetimes(),
-    "tz": st.datetimes(timezones=st.just(UTC)),
+    "day": st.dates(date(1, 1, 1), date(9999, 12, 31)) | FAR_DAYS,
+    "at": st.datetimes() | FAR_TIMES,
+    "tz": st.datetimes(timezones=st.just(UTC)) | FAR_TIMES,
     "id": st.uuids(),
     "doc": DOCUMENTS,
     "raw": st.binary(max_size=20),
-    "s": TEXTS,
 }
 ROWS = st.lists(st.fixed_dictionaries({name: st.none() | values for name, values in VALUES.items()}), max_size=6)
 
@@ -106,24 +130,35 @@ def as_text(value: Any, type_: str) -> str | None:
     if value is None or type_ == "text":
         return value  # type: ignore[no-any-return]
     if type_ == "jsonb":
-        return json.dumps(value)
+        return "null" if value == JSON_NULL else json.dumps(value)
     return "\\x" + value.hex() if type_ == "bytea" else str(value)
 
 
-def comparable(rows: Sequence[Sequence[Any]]) -> list[str]:
+async def texts(scene: Scene, dataset: str = "data") -> list[str]:
     """NaN and -0.0 are what they are; numerics are equal whatever their zeros; lanes have no order."""
-    return sorted(repr([value.normalize() if isinstance(value, Decimal) else value for value in row]) for row in rows)
+    written = ", ".join(f"trim_scale({name})::text" if name == "n" else f"{name}::text" for name in TYPES)
+    rows = await scene.fetch(f"SELECT {written} FROM {scene.table(dataset)}")
+    return sorted(repr(tuple(row.values())) for row in rows)
+
+
+def holdable(row: dict[str, Any], form: str) -> dict[str, Any]:
+    """The row without what docs/exports.md says that a format does not keep."""
+    if form == "parquet":
+        return {name: None if name in ("day", "at", "tz") and isinstance(v, str) else v for name, v in row.items()}
+    if form.startswith("jsonl") and row["doc"] == JSON_NULL:
+        return {**row, "doc": None}
+    return row
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(form=st.sampled_from(["csv", "csv.gz", "jsonl", "jsonl.gz", "parquet"]), rows=ROWS)
 async def test_what_was_exported_imports_as_it_was(movers: Scene, form: str, rows: list[dict[str, Any]]) -> None:
     scene = await movers.another_account()
-    await insert(scene, rows)
+    await insert(scene, [holdable(row, form) for row in rows])
     source = await exported(scene, await export(scene, format=form))
-    # Parquet has types of its own; a file without lines has nothing to be told by.
-    given_types = {} if form == "parquet" else {"columns": TYPES}
+    # Parquet has types of its own, but for numbers too long for it; a file without lines has nothing to be told by.
+    given_types = {"columns": {"n": "numeric"} if form == "parquet" else TYPES}
     told = {} if rows or not form.startswith("jsonl") else {"format": "jsonl"}
     await scene.succeed(source, "again", **given_types, **told)
     assert await scene.columns("again") == TYPES
-    assert comparable(await scene.rows("again")) == comparable(await scene.rows())
+    assert await texts(scene, "again") == await texts(scene)
