@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from shared.ports.objects import MIB, MIN_PART_BYTES
 
-COPY_BYTES = 64 * MIB
+COPY_BYTES = 16 * MIB
 """A copied part, unless there would be too many: a pause waits for those that are being made."""
 MOST_COPIES = 8_000
 """S3 takes 10,000 parts; where sources meet there are smaller ones."""

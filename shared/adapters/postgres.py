@@ -26,6 +26,7 @@ from shared.domain.errors import (
     DatabaseUnavailable,
     InvalidData,
     LockTimeout,
+    SchemaChanged,
     StatementTimeout,
 )
 
@@ -64,6 +65,8 @@ def translated() -> Iterator[None]:
         raise _data_error(cast(asyncpg.PostgresError, error)) from error
     except pg.DependentObjectsStillExistError as error:
         raise Conflict(f"something of yours depends on it: {error.detail or error}; drop that first") from error
+    except (pg.UndefinedTableError, pg.UndefinedColumnError) as error:
+        raise SchemaChanged("the dataset was changed or dropped meanwhile; try again") from error
     except pg.LockNotAvailableError as error:
         raise LockTimeout(
             "the table is being read or changed by somebody else for too long; try again later"
@@ -130,8 +133,12 @@ class PgConnection:
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
         transaction = self._raw.transaction()
-        with translated():
-            await transaction.start()
+        try:
+            with translated():
+                await transaction.start()
+        except asyncio.CancelledError:
+            self._end()  # nobody knows whether it has begun
+            raise
         try:
             yield
         except BaseException:

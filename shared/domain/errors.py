@@ -193,6 +193,12 @@ class StatementTimeout(Retryable):
     code = "statement-timeout"
 
 
+class SchemaChanged(Retryable):
+    """A table or a column that was there a moment ago: its dataset was changed or dropped meanwhile."""
+
+    code = "schema-changed"
+
+
 class BusUnavailable(Retryable):
     code = "bus-unavailable"
 

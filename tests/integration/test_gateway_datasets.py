@@ -66,6 +66,16 @@ async def test_a_preview_keeps_every_digit(prices: Client) -> None:
     assert (await prices.get("/v1/datasets/prices/rows?load=999")).json["rows"] == []
 
 
+@pytest.mark.parametrize("what", ["rows", "export?format=csv", "export?format=jsonl"])
+async def test_a_dataset_that_is_gone_when_it_is_read_is_no_fault_of_ours(
+    prices: Client, database: PgDatabase, what: str
+) -> None:
+    async with database.connection() as connection:
+        await connection.execute("ALTER TABLE data_alice.prices RENAME COLUMN note TO remark")
+    answer = await prices.get(f"/v1/datasets/prices/{what}")
+    assert (answer.status, answer.json["type"]) == (503, "urn:sluice:problem:schema-changed")
+
+
 async def test_a_preview_of_long_rows_stays_small(alice: Client, database: PgDatabase) -> None:
     values = ", ".join(f"({n}, 1, repeat('x', 1000000))" for n in range(30))
     await with_load(database, "alice", "long", 20, values, mode="create")
