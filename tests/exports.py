@@ -1,11 +1,12 @@
 """Datasets made without an import, exports of them, and PostgreSQL's own COPY as the reference."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from export_worker import snapshot
+from export_worker import snapshot, survey
 from shared.adapters.catalog import Column, FinishedLoad, create_stage, publish_load
 from shared.adapters.postgres import quoted
 from shared.domain.export_params import ExportRequest
@@ -84,6 +85,8 @@ async def planned(scene: Scene, dataset: str = "data", **params: Any) -> TaskId:
     async with scene.database.connection() as connection:
         plan = await snapshot.take(connection, task, request, part_bytes=MIN_PART_BYTES)
         await snapshot.pin(connection, task, plan)
+        if survey.is_needed(request, plan):
+            plan = await survey.survey(scene.database, request, plan, lambda _: asyncio.sleep(0))
         await connection.execute(
             "UPDATE sluice.tasks SET plan = $2, not_before = NULL WHERE task_id = $1",
             task.task_id,
