@@ -12,7 +12,7 @@ import structlog
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 
-from gateway.bodies import awaits_continue, defer_continue
+from gateway.bodies import awaits_continue, defer_continue, refuse_expectations
 from gateway.context import Gateway
 from gateway.openapi import openapi
 from gateway.operations import Answer, Auth, Call, Operation, bind
@@ -124,6 +124,7 @@ async def _answer_every_error(request: web.Request, handler: _Handler) -> web.St
 
 async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse:
     try:
+        refuse_expectations(request)
         return await handler(request)
     except asyncio.CancelledError:
         if request.writer.output_size:

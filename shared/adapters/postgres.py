@@ -5,8 +5,8 @@ Considerations
   then read the truth again before they go on: DatabaseUnavailable ends a claim, and the next claim reads the row.
 - `synchronous_commit` stays on, except in transactions that switch it off for themselves (see the runner's batches).
 - Cancelling a COPY FROM makes asyncpg send a cancel request; the connection is given back only when the server has
-  answered, so a cancelled batch holds no lock afterwards. A cancelled COPY TO closes its connection: when the cancel
-  meets data that has just come, asyncpg (0.32) forgets to tell the server, and the connection is of no more use.
+  answered, so a cancelled batch holds no lock afterwards. A COPY TO that is cancelled, or whose sink fails, closes its
+  connection: when that meets data that has just come, asyncpg (0.32) forgets to tell the server, or waits for ever.
 """
 
 import asyncio
@@ -176,6 +176,7 @@ class PgConnection:
             self._end()
             raise
         except _SinkFailed as failed:
+            self._end()
             # A client that went away is no fault of the server's, though both are an OSError.
             raise failed.__cause__ or failed from None
         return int(status.rpartition(" ")[2])

@@ -59,7 +59,7 @@ class S3Client:
         endpoint = urlsplit(settings.s3_endpoint)
         if endpoint.scheme not in ("http", "https") or not endpoint.netloc or endpoint.path.strip("/"):
             raise StoreMisconfigured(
-                f"the address of the object store is {settings.s3_endpoint!r}; write it as http://host:port or https://host"
+                f"the address of the object store is {settings.s3_endpoint!r}; write SLUICE_S3_ENDPOINT as http://host:port"
             )
         return Minio(
             endpoint.netloc,

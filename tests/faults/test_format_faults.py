@@ -96,7 +96,7 @@ def numbered(form: str) -> bytes:
 async def test_an_import_that_is_killed_and_paused_loads_every_row_once(movers: Movers, form: str) -> None:
     scene = movers.scene
     body = numbered(form)
-    task_id = await scene.begin(body, max_bytes_per_second=1_500_000)
+    task_id = await scene.begin(body, max_bytes_per_second=700_000)
     task = await scene.when(task_id, lambda task: task.rows_done > 0)
     task = await movers.killed(task)
     await movers.paused_and_resumed(task_id)
