@@ -8,7 +8,7 @@ Considerations
 - The ledger holds a row for each upload: with its id while it is open, without when it is an object. The parts' table
   says what is in it. Both change only in transactions that the claim's epoch guards.
 - A key has a random end and is used once: an upload that a killed worker began and could not write down has a key
-  that nothing knows, and is swept.
+  that nothing knows; the next claim aborts it, or it is swept.
 - A killed worker's upload is taken up if the store still has every committed part. Otherwise (swept, or the store lost
   it) the checkpoint goes back to where the segment began. This is looked at only when a claim begins, where no lane is
   at work; whoever meets it later ends its claim with UploadLost, and the next one looks.
@@ -16,7 +16,7 @@ Considerations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,6 +73,8 @@ class Segments:
             rows = await connection.fetch(
                 "SELECT object_key, upload_id FROM sluice.object_ledger WHERE task_id = $1", self._task_id
             )
+        if self._claim.task.epoch > 1:
+            await self._drop_unknown({row["object_key"] for row in rows})
         for row in rows:
             key, segment = row["object_key"], segment_of(row["object_key"])
             if row["upload_id"] is not None:
@@ -213,6 +215,12 @@ class Segments:
             if upload_id is not None:
                 await self._objects.abort_upload(key, upload_id)
             raise
+
+    async def _drop_unknown(self, known: Set[str]) -> None:
+        """Abort uploads of workers that died before they could write them down."""
+        async for upload in self._objects.list_uploads(prefix(self._task_id)):
+            if upload.key not in known:
+                await self._objects.abort_upload(upload.key, upload.upload_id)
 
     async def _look_after(self, upload: _Upload) -> None:
         """Go on with an upload of an earlier claim, or find out what became of it."""

@@ -234,8 +234,8 @@ async def test_a_scan_that_finds_little_is_not_begun_again_after_each_kill(fleet
         await scene.command(task_id, Command.RESUME)
         for number, (load, door) in enumerate(zip(loads, doors, strict=True)):
             await reads(scene, load)
-            # As long as a worker keeps to itself what it has read; a quarter of its lease.
-            await asyncio.sleep(0.6)
+            # Longer than a worker keeps to itself what it has read: a quarter of its lease.
+            await asyncio.sleep(1.5)
             door.set()
             await scene.when(task_id, lambda task, rows=ROWS + 10 * number: task.rows_done > rows)  # type: ignore[misc]
             key, upload_id, _ = await fleet.orphaned(task_id)

@@ -31,11 +31,12 @@ async def test_a_copy_cancelled_at_any_moment_ends_as_cancelled_and_spoils_no_co
             assert await connection.fetchval("SELECT 1") == 1
 
 
-async def test_what_the_sink_raises_comes_out_and_the_connection_goes_on(database: PgDatabase) -> None:
+async def test_what_the_sink_raises_comes_out_and_the_next_connection_is_another(database: PgDatabase) -> None:
     async def refuse(_: bytes) -> None:
         raise ValueError("enough")
 
     async with database.connection() as connection:
         with pytest.raises(ValueError, match="enough"):
             await connection.copy_out(_ENDLESS, sink=refuse)
+    async with database.connection() as connection:
         assert await connection.fetchval("SELECT 1") == 1
