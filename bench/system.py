@@ -116,6 +116,7 @@ class System:
     async def settle(self) -> None:
         """Let nobody pay for what others have written."""
         await self.database.execute("CHECKPOINT")
+        await asyncio.to_thread(os.sync)
 
     # --- as fate
 
