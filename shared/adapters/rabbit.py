@@ -27,34 +27,20 @@ import orjson
 import structlog
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
+from shared.adapters.rabbit_topology import declare_dead_queue, declare_topology
 from shared.domain.errors import BusUnavailable, InvalidMessage
 from shared.domain.messages import (
-    BROADCAST_EXCHANGE,
     COMMANDS_EXCHANGE,
     CONTROL_QUEUE,
     DEAD_QUEUE,
-    EVENTS_EXCHANGE,
-    EXPORT_QUEUE,
-    IMPORT_QUEUE,
     CommandReply,
     ControlCommand,
     Message,
     decode,
-    rollback_queue,
 )
 
 log = structlog.get_logger()
 
-# How often a message may come back before the broker gives it up. The row decides how often a task is tried; this
-# only keeps a message that kills its consumers from circling for ever.
-DELIVERY_LIMIT = 100
-QUEUES = (
-    CONTROL_QUEUE,
-    IMPORT_QUEUE,
-    EXPORT_QUEUE,
-    rollback_queue(IMPORT_QUEUE),
-    rollback_queue(EXPORT_QUEUE),
-)
 # A header travels in one frame (128 KiB by default).
 _REASON_CHARACTERS = 1000
 _LONGEST_BURIAL_PAUSE_SECONDS = 30.0
@@ -277,7 +263,7 @@ class RabbitBus:
                     try:
                         await session.publishing.default_exchange.publish(buried, DEAD_QUEUE)
                     except aio_pika.exceptions.PublishError:
-                        await _declare_dead_queue(session.publishing)  # somebody has deleted it
+                        await declare_dead_queue(session.publishing)  # somebody has deleted it
                         continue
             except (*_LOST, BusUnavailable) as error:
                 log.error(
@@ -383,28 +369,3 @@ def _encoded(
         reply_to=reply_to,
         correlation_id=correlation_id,
     )
-
-
-async def _declare_dead_queue(channel: AbstractChannel) -> None:
-    await channel.declare_queue(DEAD_QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
-
-
-async def declare_topology(channel: AbstractChannel) -> dict[str, aio_pika.abc.AbstractExchange]:
-    """Declare everything that outlives a session; declaring what is there already changes nothing."""
-    commands = await channel.declare_exchange(COMMANDS_EXCHANGE, aio_pika.ExchangeType.DIRECT, durable=True)
-    broadcast = await channel.declare_exchange(BROADCAST_EXCHANGE, aio_pika.ExchangeType.FANOUT, durable=True)
-    events = await channel.declare_exchange(EVENTS_EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)
-    await _declare_dead_queue(channel)
-    for name in QUEUES:
-        queue = await channel.declare_queue(
-            name,
-            durable=True,
-            arguments={
-                "x-queue-type": "quorum",
-                "x-delivery-limit": DELIVERY_LIMIT,
-                "x-dead-letter-exchange": "",
-                "x-dead-letter-routing-key": DEAD_QUEUE,
-            },
-        )
-        await queue.bind(commands, name)
-    return {exchange.name: exchange for exchange in (commands, broadcast, events)}

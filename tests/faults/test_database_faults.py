@@ -71,7 +71,7 @@ async def _copy_in_slowly(database: PgDatabase) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(10):
             yield _LINES[:1800]
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)  # so that a cut can come between two pieces as well
 
     async with database.transaction() as connection:
         await connection.copy_in("public", "cut", pieces())
@@ -139,7 +139,7 @@ async def test_a_connection_that_is_cut_at_any_moment_is_told_in_our_words_and_c
                 await connection.fetch(_TERMINATE, random.randint(1, POOL))
         else:
             tap.up = tap.down = break_off
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.002)  # the network is away for so long
             tap.reset()
 
     seen: set[str] = set()

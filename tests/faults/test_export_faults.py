@@ -471,7 +471,7 @@ async def joining(fleet: Fleet, **changed: str) -> AsyncIterator[tuple[TaskId, S
         async def slowly(_: int, chunk: bytes) -> bytes:
             if b"x-amz-copy-source" in chunk.lower():
                 copied.extend(re.findall(rb"partNumber=(\d+)", chunk))
-                await asyncio.sleep(0.7)
+                await asyncio.sleep(0.7)  # the time in which a test can disturb a copy
             return chunk
 
         tap.up = slowly

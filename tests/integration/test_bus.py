@@ -10,7 +10,8 @@ import orjson
 import pytest
 from structlog.testing import capture_logs
 
-from shared.adapters.rabbit import QUEUES, Delivery, RabbitBus
+from shared.adapters.rabbit import Delivery, RabbitBus
+from shared.adapters.rabbit_topology import QUEUES
 from shared.domain.errors import BusUnavailable
 from shared.domain.messages import (
     BROADCAST_EXCHANGE,

@@ -133,7 +133,7 @@ async def test_two_relays_do_not_send_the_same_row(database: PgDatabase) -> None
 
 
 class Slow(Recorder):
-    """A broker that takes its time over each message."""
+    """A broker that takes its time: longer over all messages than a transaction may be idle."""
 
     async def publish_json(self, exchange: str, routing_key: str, body: dict[str, object]) -> None:
         await asyncio.sleep(0.3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from shared.adapters.postgres import PgDatabase
-from shared.adapters.rabbit import QUEUES
+from shared.adapters.rabbit_topology import QUEUES
 from shared.adapters.task_store import PgTaskStore
 from shared.domain.checkpoint import Checkpoint, Range
 from shared.domain.errors import Fenced, InvalidData

@@ -5,7 +5,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from shared.adapters.rabbit import QUEUES
+from shared.adapters.rabbit_topology import QUEUES
 from shared.domain.asyncapi import asyncapi_document
 from shared.domain.messages import CommandReply, Message, PauseTask, RollBackTask, RunTask, TaskEvent
 from shared.domain.task import AccountId, Epoch, Event, Kind, TaskId, TaskState
