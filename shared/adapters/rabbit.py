@@ -147,6 +147,7 @@ class RabbitBus:
             while True:
                 try:
                     async with self._open() as session:
+                        _raise_if_cancelled()
                         pause = 0.1
                         try:
                             await session.lost.wait()
@@ -157,6 +158,7 @@ class RabbitBus:
                     away_since = loop.time()
                     log.warning("the broker session is lost; making a new one")
                 except _LOST as error:
+                    _raise_if_cancelled()
                     if loop.time() - away_since > self._give_up_seconds:
                         raise BusUnavailable(
                             f"RabbitMQ could not be reached for {self._give_up_seconds:.0f} s"
@@ -348,6 +350,14 @@ class RabbitBus:
         waiting = self._waiting.get(raw.correlation_id or "")
         if waiting is not None and not waiting.done():
             waiting.set_result(decode(raw.body, CommandReply))
+
+
+def _raise_if_cancelled() -> None:
+    # aio-pika connects under `asyncio.wait_for`, which before Python 3.12 forgets a cancel that comes just as the
+    # connection is made (python/cpython#86296); aiormq may answer one with an error of its own.
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _encoded(

@@ -1,6 +1,10 @@
 """What a process still does on the bus while it stops."""
 
 import asyncio
+from collections.abc import Callable
+
+import pytest
+import yarl
 
 from shared.adapters.postgres import PgDatabase
 from shared.adapters.rabbit import Delivery, RabbitBus
@@ -11,6 +15,7 @@ from shared.domain.messages import COMMANDS_EXCHANGE, IMPORT_QUEUE, RunTask, dec
 from shared.domain.task import TaskId
 from shared.runner import Runner, RunnerPolicy
 from shared.worker import Turns
+from tests.faults.tap import Tap
 from tests.tasks import open_database, silent_store, until
 
 
@@ -53,6 +58,38 @@ async def test_a_stopping_process_hands_over_on_its_session_and_takes_nothing_ne
         working = group.create_task(successor.run())
         assert await found.get() == 2
         working.cancel()
+
+
+@pytest.mark.parametrize("answer", range(1, 7))
+async def test_a_process_that_is_stopped_while_it_makes_its_session_stops(settings: Settings, answer: int) -> None:
+    url = yarl.URL(settings.amqp_url)
+    async with Tap(url.port or 0) as tap:
+        tapped = str(url.with_host("127.0.0.1").with_port(int(tap.address.rpartition(":")[2])))
+        # Turns of the loop after an answer of the broker: one of them is between a step and whoever waits for it.
+        for turns in range(1, 10):
+            running = asyncio.create_task(RabbitBus(tapped, name="stopped at once").run())
+            answers = 0
+
+            async def stop_then(
+                _: int, chunk: bytes, running: asyncio.Task[None] = running, turns: int = turns
+            ) -> bytes:
+                nonlocal answers
+                answers += 1
+                if answers == answer:
+                    asyncio.get_running_loop().call_soon(_after, turns, running.cancel)
+                return chunk
+
+            tap.reset()
+            tap.down = stop_then
+            _, waiting = await asyncio.wait([running], timeout=10)
+            assert not waiting, f"not stopped when cancelled {turns} turns after answer {answer}"
+
+
+def _after(turns: int, call: Callable[[], object]) -> None:
+    if turns:
+        asyncio.get_running_loop().call_soon(_after, turns - 1, call)
+    else:
+        call()
 
 
 async def test_a_message_that_a_stopping_worker_could_not_begin_on_comes_to_another(settings: Settings) -> None:
