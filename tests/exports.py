@@ -69,14 +69,34 @@ async def out_of_reach(scene: Scene, load: LoadId) -> AsyncIterator[None]:
         yield
 
 
+@asynccontextmanager
+async def door(scene: Scene, load: LoadId) -> AsyncIterator[asyncio.Event]:
+    """A load is out of reach until the event is set."""
+    opened = asyncio.Event()
+
+    async def keep() -> None:
+        async with out_of_reach(scene, load):
+            shut.set_result(None)
+            await opened.wait()
+
+    shut = asyncio.get_running_loop().create_future()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(keep())
+        await shut
+        try:
+            yield opened
+        finally:
+            opened.set()
+
+
 async def reads(scene: Scene, load: LoadId) -> None:
     """Wait until somebody waits for a load that is out of reach."""
     waiting = "SELECT count(*) > 0 FROM pg_locks WHERE relation = $1::text::regclass::oid AND NOT granted"
     await scene.when_value(waiting, True, f"sluice_loads.load_{load}")
 
 
-async def planned(scene: Scene, dataset: str = "data", **params: Any) -> TaskId:
-    """A paused export that knows what it reads and has read nothing."""
+async def planned(scene: Scene, dataset: str = "data", *, surveyed: bool = True, **params: Any) -> TaskId:
+    """A paused export that knows what it reads and has read nothing, but for its survey."""
     request = ExportRequest.model_validate({"kind": "export", "dataset": dataset, **params})
     later = datetime.now(UTC) + timedelta(days=1)
     new = NewTask(scene.account_id, Kind.EXPORT, request.model_dump(mode="json"), not_before=later)
@@ -85,7 +105,7 @@ async def planned(scene: Scene, dataset: str = "data", **params: Any) -> TaskId:
     async with scene.database.connection() as connection:
         plan = await snapshot.take(connection, task, request, part_bytes=MIN_PART_BYTES)
         await snapshot.pin(connection, task, plan)
-        if survey.is_needed(request, plan):
+        if surveyed and survey.is_needed(request, plan):
             plan = await survey.survey(scene.database, request, plan, lambda _: asyncio.sleep(0))
         await connection.execute(
             "UPDATE sluice.tasks SET plan = $2, not_before = NULL WHERE task_id = $1",

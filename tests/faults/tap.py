@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Self
 
 Filter = Callable[[int, bytes], Awaitable[bytes]]
@@ -10,6 +11,14 @@ Filter = Callable[[int, bytes], Awaitable[bytes]]
 
 class ConnectionCut(ConnectionError):
     """Raised by a filter to drop the connection it is asked for."""
+
+
+class Answered(ConnectionError):
+    """Raised by `up` to answer in the server's place, which gets no more of the connection."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__()
+        self.answer = answer
 
 
 async def forward(_: int, chunk: bytes) -> bytes:
@@ -57,6 +66,13 @@ class Tap:
                     group.create_task(self._pump("down", upstream_reader, writer))
             finally:
                 upstream_writer.transport.abort()
+        except* Answered as answered:
+            with suppress(OSError):
+                writer.write(next(error.answer for error in answered.exceptions if isinstance(error, Answered)))
+                # To close with bytes unread would take the answer back.
+                while await reader.read(64 * 1024):
+                    pass
+            writer.transport.abort()
         except* OSError:  # one side is gone: drop the other
             writer.transport.abort()
         finally:
