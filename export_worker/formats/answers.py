@@ -1,11 +1,13 @@
-"""PostgreSQL's CSV answers as Arrow tables with the types of the columns."""
+"""PostgreSQL's CSV answers as Arrow tables with the types of the columns, a few rows at a time."""
 
+import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.csv
 
+from export_worker.formats.format import Encoded
 from shared.adapters.catalog import Column
 from shared.domain.errors import InvalidData
 
@@ -19,20 +21,61 @@ _TIMES = ("date", "timestamp", "timestamptz")
 _REFUSED = re.compile(r"In CSV column #(\d+).*?: ?CSV conversion error to .*?: (.*)", re.DOTALL)
 
 
-def table(answer: bytes, columns: Sequence[Column], types: Mapping[str, pa.DataType]) -> pa.Table:
-    """The rows of an answer; `types` names the columns that are more than text.
+# Arrow works with several times the memory of an answer, on as many threads as it is asked on.
+_AT_A_TIME = asyncio.Semaphore(1)
+
+
+async def in_turn(encode: Callable[[bytes], Encoded], answer: bytes) -> Encoded:
+    """`encode(answer)` in a thread, one at a time in this process."""
+    async with _AT_A_TIME:
+        return await asyncio.to_thread(encode, answer)
+
+
+def tables(
+    answer: bytes, columns: Sequence[Column], types: Mapping[str, pa.DataType], *, block_bytes: int
+) -> Iterator[pa.Table]:
+    """The rows of an answer in order, in tables of `block_bytes` of it at most, or of twice a longer row.
+
+    `types` names the columns that are more than text.
 
     Raises InvalidData for a value that its type cannot hold, such as an infinite date.
     """
+    start = 0
+    while start < len(answer):
+        size = block_bytes
+        while (end := _record_end(answer, start, start + size)) is None:
+            size *= 2
+        yield _table(answer[start:end], columns, types)
+        start = end
+
+
+def empty_table(columns: Sequence[Column], types: Mapping[str, pa.DataType]) -> pa.Table:
+    fields = [(column.name, types.get(column.name, pa.string())) for column in columns]
+    # Not `empty_table()`: like whatever is given a Python list, it imports pandas where there is one, for 50 MB.
+    return pa.Table.from_batches([], pa.schema(fields))
+
+
+def _record_end(answer: bytes, start: int, limit: int) -> int | None:
+    """Where the last record that begins at `start` or later and ends at `limit` or before ends."""
+    if limit >= len(answer):
+        return len(answer)
+    quotes, end = answer.count(b'"', start, limit), limit
+    while (newline := answer.rfind(b"\n", start, end)) >= 0:
+        quotes -= answer.count(b'"', newline, end)
+        if quotes % 2 == 0:
+            return newline + 1
+        end = newline
+    return None
+
+
+def _table(answer: bytes, columns: Sequence[Column], types: Mapping[str, pa.DataType]) -> pa.Table:
     names = [column.name for column in columns]
-    if not answer:
-        return pa.table({name: pa.array([], types.get(name, pa.string())) for name in names})
     if answer.startswith(_BYTE_ORDER_MARK):
         answer = _BYTE_ORDER_MARK + answer
     try:
         return pa.csv.read_csv(
             pa.BufferReader(answer),
-            # One block: a value may be as long as the answer.
+            # One block: a value may be as long as all of it.
             pa.csv.ReadOptions(use_threads=False, block_size=len(answer) + 1, column_names=names),
             pa.csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=False),
             pa.csv.ConvertOptions(

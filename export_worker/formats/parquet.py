@@ -10,13 +10,14 @@ Considerations
 import asyncio
 import base64
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from export_worker.formats.answers import COPY_OPTIONS, each, table
+from export_worker.formats.answers import COPY_OPTIONS, each, empty_table, in_turn, tables
 from export_worker.formats.format import Copy, Encoded
 from export_worker.formats.parquet_footer import MAGIC, joined_footer, take_apart
 from shared.adapters.catalog import Column
@@ -34,6 +35,8 @@ _TYPES: Mapping[str, pa.DataType] = {
 }
 _JSON = pa.json_(pa.string())
 _COMPRESSION = "zstd"
+# What becomes a row group at a time, of what the server answered; most answers are half of it.
+_BLOCK_BYTES = 16 << 20
 
 
 class Parquet:
@@ -56,7 +59,7 @@ class Parquet:
     async def encode(self, answer: bytes) -> Encoded:
         if not answer:
             return Encoded(b"")
-        return await asyncio.to_thread(self._encoded, answer)
+        return await in_turn(self._encoded, answer)
 
     async def tail(self, details: Sequence[Any]) -> bytes:
         return await asyncio.to_thread(self._tail, details)
@@ -71,13 +74,19 @@ class Parquet:
         return joined_footer(self._file(b""), pages)
 
     def _file(self, answer: bytes) -> bytes:
-        rows = table(answer, self._columns, self._types)
+        groups = tables(answer, self._columns, self._types, block_bytes=_BLOCK_BYTES)
+        first = self._typed(next(groups, empty_table(self._columns, self._types)))
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, first.schema, compression=_COMPRESSION) as writer:
+            for rows in chain([first], map(self._typed, groups)):
+                writer.write_table(rows, row_group_size=max(1, rows.num_rows))
+        return bytes(sink.getvalue())
+
+    def _typed(self, rows: pa.Table) -> pa.Table:
         for number, column in enumerate(self._columns):
             if column.type in _CONVERTED:
                 rows = rows.set_column(number, column.name, _CONVERTED[column.type](rows.column(number)))
-        sink = pa.BufferOutputStream()
-        pq.write_table(rows, sink, compression=_COMPRESSION, row_group_size=max(1, rows.num_rows))
-        return bytes(sink.getvalue())
+        return rows
 
 
 _CONVERTED = {

@@ -20,7 +20,7 @@ from typing import Any
 
 from isal import isal_zlib
 
-from export_worker.formats.answers import COPY_OPTIONS, table
+from export_worker.formats.answers import COPY_OPTIONS, in_turn, tables
 from export_worker.formats.format import Copy, Encoded
 from export_worker.formats.zip_package import Member, central_directory, descriptor, local_header
 from shared.adapters.catalog import Column
@@ -52,7 +52,7 @@ _STYLES = ({"bold": True}, {"num_format": "yyyy-mm-dd"}, {"num_format": "yyyy-mm
 _HEADER_STYLE, _DATE_STYLE, _TIME_STYLE = (f' s="{number}"' for number in (1, 2, 3))
 
 # What becomes cells at a time, of what the server answered: small numbers take fifty times as much.
-_SLICE_BYTES = 256 << 10
+_BLOCK_BYTES = 256 << 10
 
 
 class Workbook:
@@ -73,19 +73,16 @@ class Workbook:
     async def encode(self, answer: bytes) -> Encoded:
         if not answer:
             return Encoded(b"")
-        return await asyncio.to_thread(self._encoded, answer)
+        return await in_turn(self._encoded, answer)
 
     async def tail(self, details: Sequence[Any]) -> bytes:
         return await asyncio.to_thread(_tail, details)
 
     def _encoded(self, answer: bytes) -> Encoded:
-        rows = table(answer, self._columns, {})
-        step = max(1, rows.num_rows * _SLICE_BYTES // len(answer))
         sheet = _Piece()
-        for start in range(0, rows.num_rows, step):
-            some = rows.slice(start, step)
+        for rows in tables(answer, self._columns, {}, block_bytes=_BLOCK_BYTES):
             cells = [
-                _cells(column, values.to_pylist()) for column, values in zip(self._columns, some.columns, strict=True)
+                _cells(column, values.to_pylist()) for column, values in zip(self._columns, rows.columns, strict=True)
             ]
             sheet.add("".join(f"<row>{''.join(row)}</row>" for row in zip(*cells, strict=True)).encode())
         return sheet.ended()

@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 
@@ -10,9 +12,11 @@ import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from export_worker.formats import workbook
-from export_worker.formats.answers import table
+from export_worker.formats.answers import tables
 from export_worker.formats.format import Encoded
 from export_worker.formats.parquet import Parquet
 from export_worker.formats.parquet_footer import joined_footer, take_apart
@@ -25,9 +29,51 @@ MARK = "\ufeff"
 
 
 @pytest.mark.parametrize("text", [MARK, MARK + "a", 2 * MARK, f'"{MARK}"', "a" + MARK])
-def test_a_byte_order_mark_is_a_character_like_any_other(text: str) -> None:
-    rows = table(f"{text}\n{text}\n".encode(), [Column("s", "text")], {})
-    assert rows.column("s").to_pylist() == [text.strip('"')] * 2
+@pytest.mark.parametrize("block_bytes", [1, MB])
+def test_a_byte_order_mark_is_a_character_like_any_other(text: str, block_bytes: int) -> None:
+    answer = f"{text}\n{text}\n".encode()
+    [*found] = tables(answer, [Column("s", "text")], {}, block_bytes=block_bytes)
+    assert [value for rows in found for value in rows.column("s").to_pylist()] == [text.strip('"')] * 2
+
+
+VALUES = st.none() | st.text(st.sampled_from('a",\n\r '))
+
+
+@given(st.lists(st.tuples(VALUES, VALUES), min_size=1), st.integers(1, 40))
+def test_an_answer_is_cut_between_rows_into_blocks_of_that_size(
+    rows: list[tuple[str | None, str | None]], block_bytes: int
+) -> None:
+    lines = [",".join(_field(value) for value in row).encode() + b"\n" for row in rows]
+    columns = [Column("a", "text"), Column("b", "text")]
+    found = list(tables(b"".join(lines), columns, {}, block_bytes=block_bytes))
+    assert [(row["a"], row["b"]) for block in found for row in block.to_pylist()] == rows
+    for block in found[:-1]:
+        size = sum(len(line) for line in lines[: block.num_rows])
+        assert size <= max(block_bytes, 2 * len(lines[0]))
+        del lines[: block.num_rows]
+
+
+def _field(value: str | None) -> str:
+    """As COPY writes it."""
+    return "" if value is None else '"' + value.replace('"', '""') + '"'
+
+
+def test_answers_that_are_encoded_side_by_side_take_the_memory_of_one() -> None:
+    program = """
+import asyncio, pyarrow
+from export_worker.formats.parquet import Parquet
+from shared.adapters.catalog import Column
+
+async def peak_bytes(answers: int) -> int:
+    form = Parquet([Column("n", "bigint"), Column("s", "text")], {})
+    answer = b"".join(b"%d,%d\\n" % (n, n * n) for n in range(100_000))
+    await asyncio.gather(*(form.encode(answer) for _ in range(answers)))
+    return pyarrow.default_memory_pool().max_memory()
+
+one = asyncio.run(peak_bytes(1))
+assert one <= asyncio.run(peak_bytes(4)) < 1.2 * one
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def encoded(form: Parquet | Workbook, answer: bytes) -> Encoded:
