@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.csv
@@ -21,14 +22,13 @@ _TIMES = ("date", "timestamp", "timestamptz")
 _REFUSED = re.compile(r"In CSV column #(\d+).*?: ?CSV conversion error to .*?: (.*)", re.DOTALL)
 
 
-# Arrow works with several times the memory of an answer, on as many threads as it is asked on.
-_AT_A_TIME = asyncio.Semaphore(1)
+# Arrow works with several times the memory of an answer, and what is freed stays with the thread that had it.
+_ENCODING = ThreadPoolExecutor(1, "encoding")
 
 
 async def in_turn(encode: Callable[[bytes], Encoded], answer: bytes) -> Encoded:
     """`encode(answer)` in a thread, one at a time in this process."""
-    async with _AT_A_TIME:
-        return await asyncio.to_thread(encode, answer)
+    return await asyncio.get_running_loop().run_in_executor(_ENCODING, encode, answer)
 
 
 def tables(
