@@ -10,7 +10,7 @@ from uuid import uuid4
 import orjson
 import structlog
 from aiohttp import web
-from aiohttp.abc import AbstractAccessLogger
+from aiohttp.abc import AbstractAccessLogger, AbstractStreamWriter
 
 from gateway.bodies import awaits_continue, defer_continue, refuse_expectations
 from gateway.context import Gateway
@@ -28,6 +28,7 @@ USERNAME = web.RequestKey("username", str)
 ROUTE = web.RequestKey("route", str)
 READ_BUFFER_BYTES = 256 * 1024
 KEEP_ALIVE_SECONDS = 75
+CLIENT_LEFT = 499  # nginx's word for it: HTTP has none
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -132,26 +133,32 @@ async def _answer(request: web.Request, handler: _Handler) -> web.StreamResponse
         raise
     except ConnectionError as error:
         log.info("the client left", method=request.method, path=request.path, error=str(error))
-        raise  # aiohttp closes the connection
+        return _NoAnswer(status=CLIENT_LEFT)
     except web.HTTPException as error:
         return router_problem(request, error)
     except SluiceError as error:
-        _cut_if_begun(request, error)
         if error.status >= 500:
             log.warning("request failed", code=error.code, reason=error.detail, extra=error.extra)
-        return problem(request, error)
+        return _instead(request, problem(request, error), error)
     except Exception as error:
         log.exception("unexpected error", method=request.method, path=request.path)
-        _cut_if_begun(request, error)
-        return unexpected_problem(request)
+        return _instead(request, unexpected_problem(request), error)
 
 
-def _cut_if_begun(request: web.Request, error: Exception) -> None:
+class _NoAnswer(web.StreamResponse):
+    """Lets aiohttp close the connection without reporting an error of ours; the status is for log and metrics."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        raise ConnectionAbortedError("there is nobody to answer")
+
+
+def _instead(request: web.Request, answer: web.Response, error: Exception) -> web.StreamResponse:
     """Once an answer has begun there is no other: the connection is cut, so that a part never looks like the whole."""
-    if request.writer.output_size:
-        log.warning("an answer was cut", method=request.method, path=request.path, error=str(error))
-        _reset(request)
-        raise ConnectionAbortedError("cut in the middle of an answer") from error
+    if not request.writer.output_size:
+        return answer
+    log.warning("an answer was cut", method=request.method, path=request.path, error=str(error))
+    _reset(request)
+    return _NoAnswer(status=answer.status)
 
 
 def _reset(request: web.Request) -> None:

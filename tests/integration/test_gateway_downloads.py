@@ -18,7 +18,7 @@ from shared.adapters.postgres import PgDatabase
 from shared.config import MIB, Settings
 from shared.domain.errors import PreconditionFailed, RangeNotSatisfiable
 from tests.faults.tap import Tap
-from tests.gateway_process import Client, running_gateway
+from tests.gateway_process import Client, running_gateway, until
 
 SIZE = 1000
 DATA = random.Random(1).randbytes(SIZE)
@@ -208,7 +208,20 @@ async def test_bytes_that_the_store_lost_are_an_error_and_no_empty_file(
     assert "Retry-After" in answer.headers
 
 
-async def test_a_reader_that_leaves_does_not_disturb_the_others(alice: Client) -> None:
+async def test_a_client_of_old_gets_all_of_it(alice: Client) -> None:
+    put = await alice.put("/v1/files/data", DATA * 1000)
+    raw = await alice.connect()
+    await raw.send_head("GET", f"{put.headers['Location']}/content", version="HTTP/1.0")
+    status, head = await raw.read_head()
+    assert (status, await raw.reader.read()) == (200, DATA * 1000)
+    assert f"Content-Length: {SIZE * 1000}\r\n" in head
+    assert "Transfer-Encoding" not in head
+    await raw.close()
+
+
+async def test_a_reader_that_leaves_does_not_disturb_the_others(
+    alice: Client, caplog: pytest.LogCaptureFixture
+) -> None:
     put = await alice.put("/v1/files/large", b"x" * 30 * MIB)
     content = f"{put.headers['Location']}/content"
     raw = await alice.connect()
@@ -217,3 +230,9 @@ async def test_a_reader_that_leaves_does_not_disturb_the_others(alice: Client) -
     await raw.close()
     whole, part = await asyncio.gather(alice.get(content), alice.get(content, headers={"Range": "bytes=-5"}))
     assert (len(whole.body), part.body) == (30 * MIB, b"xxxxx")
+
+    async def is_noticed() -> bool:
+        return b'route="/v1/files/{file}/content",status="499"' in (await alice.get("/metrics")).body
+
+    await until(is_noticed)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
