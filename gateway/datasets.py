@@ -20,6 +20,7 @@ STREAM_ROWS = 100_000
 STREAM_SECONDS = 30.0
 # Each holds a connection for as long as its client reads; the others are for everybody else.
 STREAMS_AT_ONCE = 4
+_INSTEAD = 'make an export task of it: POST /v1/tasks {"kind": "export", ...}'
 StreamForm = Literal["csv", "jsonl"]
 MOST_LOADS_SHOWN = 1000
 
@@ -144,8 +145,7 @@ class Datasets:
         """
         if dataset.rows > STREAM_ROWS:
             raise TooLarge(
-                f"the dataset has {dataset.rows:,} rows, and up to {STREAM_ROWS:,} are streamed; "
-                'make an export task of it: POST /v1/tasks {"kind": "export", ...}',
+                f"the dataset has {dataset.rows:,} rows, and up to {STREAM_ROWS:,} are streamed; {_INSTEAD}",
                 rows=dataset.rows,
                 max_rows=STREAM_ROWS,
             )
@@ -168,5 +168,5 @@ class Datasets:
                     return await connection.copy_out(source, sink=sink, **options)
             except TimeoutError as error:
                 raise StatementTimeout(
-                    f"the dataset was not read within {STREAM_SECONDS:g} seconds; make an export task of it"
+                    f"the dataset was not read within {STREAM_SECONDS:g} seconds; {_INSTEAD}"
                 ) from error

@@ -1,11 +1,11 @@
 """Datasets at the gateway: shown, looked into, reverted and dropped."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from gateway.datasets import STREAMS_AT_ONCE
+from gateway.datasets import STREAM_ROWS, STREAMS_AT_ONCE
 from shared.adapters.catalog import Column, FinishedLoad, create_stage, publish_load
 from shared.adapters.postgres import PgDatabase, quoted
 from shared.domain.task import LoadId
@@ -123,19 +123,44 @@ async def test_an_empty_dataset_streams_its_head(alice: Client, database: PgData
     assert (await alice.get("/v1/datasets/none/export?format=jsonl")).body == b""
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
 async def test_a_large_dataset_is_not_streamed_but_pointed_to_export_tasks(
-    prices: Client, database: PgDatabase
+    prices: Client, database: PgDatabase, form: str
 ) -> None:
-    async with database.connection() as connection:
-        await connection.execute("UPDATE sluice.loads SET rows = 100001 WHERE load_id = 11")
-    answer = await prices.get("/v1/datasets/prices/export")
-    assert (answer.status, answer.code) == (413, "too-large")
-    assert "export" in answer.json["detail"]
+    for rows, status in ((STREAM_ROWS - 2, 200), (STREAM_ROWS - 1, 413)):  # the other load has two
+        async with database.connection() as connection:
+            await connection.execute("UPDATE sluice.loads SET rows = $1 WHERE load_id = 11", rows)
+        answer = await prices.get(f"/v1/datasets/prices/export?format={form}")
+        assert answer.status == status
+    assert (answer.code, answer.json["max_rows"]) == ("too-large", STREAM_ROWS)
+    assert "POST /v1/tasks" in answer.json["detail"]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+async def test_a_dataset_that_takes_too_long_is_pointed_to_export_tasks(
+    prices: Client, database: PgDatabase, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr("gateway.datasets.STREAM_SECONDS", 0.2)
+    async with database.transaction() as connection:
+        await connection.execute("LOCK TABLE data_alice.prices IN ACCESS EXCLUSIVE MODE")
+        answer = await prices.get(f"/v1/datasets/prices/export?format={form}")
+    assert (answer.status, answer.code) == (503, "statement-timeout")
+    assert "POST /v1/tasks" in answer.json["detail"]
 
 
 async def test_nobody_streams_the_dataset_of_another(prices: Client, bob: Client) -> None:
     assert (await bob.get("/v1/datasets/prices/export")).status == 404
-    assert (await prices.get("/v1/datasets/prices/export?format=xml")).status == 422
+
+
+@pytest.mark.parametrize(
+    ("query", "field"), [("format=xml", "format"), ("format=", "format"), ("columns=id", "columns")]
+)
+async def test_a_stream_that_cannot_be_had_is_refused_by_name(prices: Client, query: str, field: str) -> None:
+    answer = await prices.get(f"/v1/datasets/prices/export?{query}")
+    assert (answer.status, answer.code) == (422, "invalid-request")
+    assert [(error["in"], error["field"]) for error in answer.json["errors"]] == [("query", field)]
+    answer = await prices.get("/v1/datasets/costs/export")
+    assert (answer.status, answer.code, answer.json["detail"]) == (404, "not-found", "there is no dataset costs")
 
 
 async def test_a_column_may_be_called_like_anything_in_the_query(alice: Client, database: PgDatabase) -> None:
@@ -156,9 +181,9 @@ async def large(alice: Client, database: PgDatabase) -> Client:
     return alice
 
 
-async def stalled_stream(client: Client, version: str = "HTTP/1.1") -> RawClient:
+async def stalled_stream(client: Client, version: str = "HTTP/1.1", form: str = "csv") -> RawClient:
     raw = await client.connect()
-    await raw.send_head("GET", "/v1/datasets/large/export", version=version)
+    await raw.send_head("GET", f"/v1/datasets/large/export?format={form}", version=version)
     status, _ = await raw.read_head()
     assert status == 200
     return raw
@@ -179,6 +204,67 @@ async def test_streams_that_nobody_reads_leave_connections_for_the_others(
         return (await large.get("/v1/datasets/large/export")).status == 200
 
     await until(streams_again)
+
+
+@pytest.fixture
+def in_transactions(database: PgDatabase) -> Callable[[], Awaitable[int]]:
+    """How many other sessions read, or sit in a transaction."""
+
+    async def count() -> int:
+        async with database.connection() as connection:
+            return int(
+                await connection.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+                    " AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND state <> 'idle'"
+                )
+            )
+
+    return count
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+async def test_a_client_that_hangs_up_leaves_nothing_in_postgresql(
+    large: Client,
+    in_transactions: Callable[[], Awaitable[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    form: str,
+) -> None:
+    monkeypatch.setattr("gateway.datasets.STREAM_SECONDS", 1000)
+    raw = await stalled_stream(large, form=form)
+    assert await in_transactions() == 1
+    await raw.close()
+
+    async def is_over() -> bool:
+        return await in_transactions() == 0
+
+    await until(is_over)
+    assert (await large.delete("/v1/datasets/large")).status == 204
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_client_that_reads_slowly_gets_everything(large: Client) -> None:
+    raw = await stalled_stream(large, "HTTP/1.0")
+    pieces = []
+    while piece := await raw.reader.read(1_000_000):
+        pieces.append(piece)
+        await asyncio.sleep(0.005)
+    assert b"".join(pieces) == (await large.get("/v1/datasets/large/export")).body
+    await raw.close()
+
+
+async def test_a_drop_waits_for_a_stream(large: Client, database: PgDatabase) -> None:
+    raw = await stalled_stream(large)
+    dropping = asyncio.create_task(large.delete("/v1/datasets/large"))
+
+    async def waits() -> bool:
+        async with database.connection() as connection:
+            return bool(await connection.fetchval("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"))
+
+    await until(waits)
+    await raw.close()
+    assert (await dropping).status == 204
+    assert (await large.get("/v1/datasets/large/export")).status == 404
 
 
 @pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
