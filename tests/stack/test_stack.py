@@ -8,7 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,28 +21,44 @@ from minio import Minio
 from minio.error import S3Error
 
 from sluice.stack import Stack, StackError
+from sluice.stack.home import Home
 from sluice.stack.process import marked_processes
 
 QUEUE = "kept"
-
-
-@pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Stack]:
-    """A stack that is not started yet."""
-    stack = Stack(tmp_path / "home", given={})
-    yield stack
-    stack.purge()
+NAMED = {
+    "SLUICE_POSTGRES_DSN": "postgresql://u:p@db/x",
+    "SLUICE_AMQP_URL": "amqp://u:p@mq/",
+    "SLUICE_S3_ENDPOINT": "http://s3",
+    "SLUICE_S3_ACCESS_KEY": "a",
+    "SLUICE_S3_SECRET_KEY": "s",
+}
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A started stack for tests that leave it as it was."""
-    stack = Stack(tmp_path_factory.mktemp("running"), given={})
+async def kept(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+    """A stack for all tests here, with data in each server; whether it runs is up to the test before."""
+    stack = Stack(tmp_path_factory.mktemp("kept"), given={})
     try:
         stack.start()
+        await leave_data(stack)
         yield stack
     finally:
         stack.purge()
+
+
+@pytest.fixture
+def running(kept: Stack) -> Stack:
+    """The stack, started."""
+    if not kept.home.is_locked:
+        kept.start()
+    return kept
+
+
+@pytest.fixture
+def stopped(kept: Stack) -> Stack:
+    """The stack, stopped in order."""
+    kept.stop()
+    return kept
 
 
 def object_store(environment: dict[str, str], *, secret_key: str | None = None) -> Minio:
@@ -90,76 +106,45 @@ async def assert_data_is_there(stack: Stack) -> None:
     response.close()
 
 
-async def test_a_restart_keeps_data_ports_and_passwords(stack: Stack) -> None:
-    stack.start()
-    before = stack.environment()
-    await leave_data(stack)
-    stack.stop()
-    stack.start()
-    assert stack.environment() == before
-    await assert_data_is_there(stack)
+def test_a_stop_leaves_no_process_and_no_open_port(running: Stack) -> None:
+    server = psutil.Process(running.postgres.process.pid)  # it overwrites its environment, and with that the mark
+    started = [server, *server.children(recursive=True), *marked_processes(running.home.path)]
+    assert {"weed", "epmd", "beam.smp", "postgres"} <= {process.name() for process in started}
+    ports = [connection.laddr.port for connection in listeners(started)]
+    running.stop()
+    assert not alive(started)
+    assert not marked_processes(running.home.path)
+    for port in ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-async def test_each_server_survives_its_own_kill(stack: Stack) -> None:
-    stack.start()
-    await leave_data(stack)
-    for server in stack.servers:
+async def test_a_restart_keeps_data_ports_and_passwords(stopped: Stack) -> None:
+    before = stopped.environment()
+    stopped.start()
+    assert stopped.environment() == before
+    await assert_data_is_there(stopped)
+
+
+async def test_each_server_survives_its_own_kill(running: Stack) -> None:
+    for server in running.servers:
         server.kill()
         assert not server.is_ready()
         server.restart()
-    await assert_data_is_there(stack)
+    await assert_data_is_there(running)
 
 
-async def test_after_a_kill_of_the_starter_the_next_start_takes_over(stack: Stack) -> None:
-    stack.start()
-    await leave_data(stack)
-    stack.stop()
-    program = (
-        "import sys; from pathlib import Path; from sluice.stack import Stack\n"
-        f"Stack(Path({str(stack.home.path)!r}), given={{}}).start(); print('started', flush=True); sys.stdin.read()"
-    )
-    pipe = asyncio.subprocess.PIPE
-    starter = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdin=pipe, stdout=pipe)
-    assert starter.stdout is not None
-    assert await starter.stdout.readline() == b"started\n"
-    starter.kill()
-    await starter.wait()
-    orphans = marked_processes(stack.home.path)
-    assert orphans
-
-    stack.start()
-    assert not alive(orphans)
-    await assert_data_is_there(stack)
-
-
-async def test_orphaned_backends_do_not_keep_postgresql_from_starting(stack: Stack) -> None:
-    stack.start()
-    connection = await asyncpg.connect(stack.environment()["SLUICE_POSTGRES_DSN"])
+async def test_orphaned_backends_do_not_keep_postgresql_from_starting(running: Stack) -> None:
+    connection = await asyncpg.connect(running.environment()["SLUICE_POSTGRES_DSN"])
     # A backend that computes does not look whether its postmaster still lives.
     busy = asyncio.create_task(connection.execute("SELECT count(*) FROM generate_series(1, 100000000000)"))
     backend = psutil.Process(connection.get_server_pid())
     await until(lambda: backend.cpu_times().user >= 0.1)
-    os.kill(stack.postgres.process.pid, signal.SIGKILL)
-    await asyncio.to_thread(stack.postgres.restart)
+    os.kill(running.postgres.process.pid, signal.SIGKILL)
+    await asyncio.to_thread(running.postgres.restart)
     with pytest.raises(asyncpg.PostgresConnectionError):
         await busy
-    connection = await asyncpg.connect(stack.environment()["SLUICE_POSTGRES_DSN"])
-    assert await connection.fetchval("SELECT 1") == 1
-    await connection.close()
-
-
-def test_a_stop_leaves_no_process_and_no_open_port(stack: Stack) -> None:
-    others = descendants()  # of tests that ran before in this process
-    stack.start()
-    started = [process for process in descendants() if process not in others]
-    assert {"weed", "epmd", "beam.smp", "postgres"} <= {process.name() for process in started}
-    ports = [connection.laddr.port for connection in listeners(started)]
-    stack.stop()
-    assert not alive(started)
-    assert not marked_processes(stack.home.path)
-    for port in ports:
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    await assert_data_is_there(running)
 
 
 def test_every_listener_is_on_loopback(running: Stack) -> None:
@@ -193,7 +178,8 @@ def test_secrets_are_readable_by_their_owner_alone(running: Stack) -> None:
 def test_a_folder_that_others_cannot_enter_is_good_enough(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
-    stack = Stack(closed / "deep" / "home", given={})
+    only_postgres = {name: value for name, value in NAMED.items() if name != "SLUICE_POSTGRES_DSN"}
+    stack = Stack(closed / "deep" / "home", given=only_postgres)
     try:
         stack.start()
         assert stack.postgres.is_ready()
@@ -211,14 +197,6 @@ def test_a_frozen_server_is_not_ready_until_it_goes_on(running: Stack) -> None:
         server.wait_ready()
 
 
-def test_a_frozen_server_can_be_stopped(stack: Stack) -> None:
-    stack.start()
-    for server in stack.servers:
-        server.pause()
-    stack.stop()
-    assert not marked_processes(stack.home.path)
-
-
 def test_a_folder_in_use_is_refused_and_what_runs_there_is_left_alone(running: Stack) -> None:
     other = Stack(running.home.path, given={})
     for attempt in (other.start, other.purge):
@@ -228,29 +206,49 @@ def test_a_folder_in_use_is_refused_and_what_runs_there_is_left_alone(running: S
     assert all(server.is_ready() for server in running.servers)
 
 
-def test_a_port_that_is_taken_is_passed_over(stack: Stack) -> None:
-    stack.home.lock()
-    port = stack.home.port("postgres")
-    stack.home.unlock()
+def test_a_frozen_server_can_be_stopped(running: Stack) -> None:
+    for server in running.servers:
+        server.pause()
+    running.stop()
+    assert not marked_processes(running.home.path)
+
+
+async def test_after_a_kill_of_the_starter_the_next_start_takes_over(stopped: Stack) -> None:
+    program = (
+        "import sys; from pathlib import Path; from sluice.stack import Stack\n"
+        f"Stack(Path({str(stopped.home.path)!r}), given={{}}).start(); print('started', flush=True); sys.stdin.read()"
+    )
+    pipe = asyncio.subprocess.PIPE
+    starter = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdin=pipe, stdout=pipe)
+    assert starter.stdout is not None
+    assert await starter.stdout.readline() == b"started\n"
+    starter.kill()
+    await starter.wait()
+    orphans = marked_processes(stopped.home.path)
+    assert orphans
+
+    stopped.start()
+    assert not alive(orphans)
+    await assert_data_is_there(stopped)
+
+
+def test_a_port_that_is_taken_is_passed_over(tmp_path: Path) -> None:
+    home = Home(tmp_path, default_ports=False)
+    home.lock()
+    port = home.port("postgres")
+    home.unlock()
     with socket.socket() as squatter:
         squatter.bind(("127.0.0.1", port))
         squatter.listen()
-        stack.home.lock()
-        assert stack.home.port("postgres") != port
+        home.lock()
+        assert home.port("postgres") != port
 
 
 def test_servers_that_the_environment_names_are_not_started() -> None:
-    named = {
-        "SLUICE_POSTGRES_DSN": "postgresql://u:p@db/x",
-        "SLUICE_AMQP_URL": "amqp://u:p@mq/",
-        "SLUICE_S3_ENDPOINT": "http://s3",
-        "SLUICE_S3_ACCESS_KEY": "a",
-        "SLUICE_S3_SECRET_KEY": "s",
-    }
-    stack = Stack.temporary(given=named)
+    stack = Stack.temporary(given=NAMED)
     stack.start()
     assert stack.servers == []
-    assert stack.environment() == named
+    assert stack.environment() == NAMED
     stack.purge()
 
 
