@@ -148,6 +148,8 @@ class S3Client:
             )
         if status == HTTPStatus.NOT_FOUND:
             return ObjectMissing(f"the object store has no object {key!r}")
+        if status in (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE):
+            answer += "; look into its log, and whether its disk is full"
         if status >= 500 or status in (408, 429) or code in _UNAVAILABLE_CODES:
             return StoreUnavailable(f"the object store at {self.endpoint} could not serve {key!r}: {answer}")
         return StoreRefused(f"the object store at {self.endpoint} refused {key!r}: {answer}")
