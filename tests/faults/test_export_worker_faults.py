@@ -7,9 +7,10 @@ from contextlib import AsyncExitStack, suppress
 import pytest
 
 from shared.domain.errors import LockTimeout
-from shared.domain.task import Command, TaskState
+from shared.domain.task import Command, TaskId, TaskState
 from shared.ports.objects import MIN_PART_BYTES
 from tests.exports import (
+    add_load,
     add_numbers,
     add_rare,
     begin_export,
@@ -46,10 +47,8 @@ async def test_workers_killed_again_and_again_write_the_same_bytes(fleet: Fleet,
     await fleet.finished(task_id)
 
 
-async def test_kills_pauses_and_resumes_at_random_moments_write_the_same_bytes(fleet: Fleet) -> None:
-    chance = random.Random(4)
-    scene = fleet.scene
-    task_id = await begin_export(scene, max_bytes_per_second=SLOWLY)
+async def disturb(fleet: Fleet, task_id: TaskId, chance: random.Random) -> None:
+    """Kills, pauses and resumes at random moments; in the end it goes on."""
     for _ in range(12):
         await asyncio.sleep(chance.uniform(0, 0.5))
         if chance.random() < 0.4:
@@ -57,8 +56,13 @@ async def test_kills_pauses_and_resumes_at_random_moments_write_the_same_bytes(f
             worker.kill()
             worker.start()
         else:
-            await scene.command(task_id, chance.choice([Command.PAUSE, Command.RESUME]))
-    await scene.command(task_id, Command.RESUME)
+            await fleet.scene.command(task_id, chance.choice([Command.PAUSE, Command.RESUME]))
+    await fleet.scene.command(task_id, Command.RESUME)
+
+
+async def test_kills_pauses_and_resumes_at_random_moments_write_the_same_bytes(fleet: Fleet) -> None:
+    task_id = await begin_export(fleet.scene, max_bytes_per_second=SLOWLY)
+    await disturb(fleet, task_id, random.Random(4))
     await fleet.finished(task_id)
 
 
@@ -159,3 +163,42 @@ async def test_an_abort_at_any_moment_leaves_nothing_though_the_worker_is_killed
     await scene.abort(task_id)
     await fleet.whole()
     assert await leftovers(scene, task_id) == {}
+
+
+async def test_an_export_of_chosen_rows_that_is_killed_paused_and_resumed_at_random_writes_the_same_bytes(
+    fleet: Fleet,
+) -> None:
+    scene = fleet.scene
+    await add_load(
+        scene,
+        {"n": "bigint", "at": "timestamptz", "filling": "text", "other": "text"},
+        f"SELECT n, '2024-01-01'::timestamptz + n * interval '1 s', n || repeat('x', 200), 'not asked for'"
+        f" FROM generate_series(1, {ROWS}) n",
+        "timed",
+    )
+    asked = {
+        "columns": ["filling", "n"],
+        "time_column": "at",
+        "from_date": "2024-01-01T01:00:00",
+        "conditions": [{"column": "n", "op": "!=", "value": 100_000}, {"column": "filling", "op": ">", "value": "11"}],
+        "limit": ROWS - 50_000,
+    }
+    undisturbed = await export(scene, "timed", **asked, file_name="undisturbed")
+    assert undisturbed.rows_done == ROWS - 50_000
+    task_id = await begin_export(scene, "timed", max_bytes_per_second=SLOWLY, **asked)
+    await disturb(fleet, task_id, random.Random(6))
+    assert await content(scene, await succeeded(scene, task_id)) == await content(scene, undisturbed)
+
+
+async def test_an_export_goes_from_worker_to_worker_slice_by_slice_and_has_the_same_bytes(fleet: Fleet) -> None:
+    async with fleet.instead(2, SLUICE_SLICE_SECONDS="0.5"):
+        task_id = await begin_export(fleet.scene, max_bytes_per_second=SLOWLY)
+        task = await fleet.scene.until(task_id, TaskState.SUCCEEDED)
+    actors = await fleet.scene.fetch(
+        "SELECT actor, count(*) FROM sluice.task_events WHERE task_id = $1 AND reason = 'its slice is over'"
+        " GROUP BY actor",
+        task_id,
+    )
+    assert len(actors) == 2
+    assert sum(row["count"] for row in actors) == task.claims - 1
+    await fleet.finished(task_id)
