@@ -28,6 +28,10 @@ SERVICES = {
 }
 
 
+# As in the image: each of glibc's arenas keeps what was freed in it, and there may be eight for each core (mallopt(3)).
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "2"}
+
+
 class Service:
     """One running process of a service."""
 
@@ -54,7 +58,7 @@ class Service:
         # -P: a folder that happens to be the current one must not shadow a package.
         self.process.start(
             [sys.executable, "-P", "-m", self._kind.module],
-            env={**os.environ, **self._environment, MARK: str(self._home.path)},
+            env={**_ALLOCATOR, **os.environ, **self._environment, MARK: str(self._home.path)},
             cwd=self._home.path,
         )
 
