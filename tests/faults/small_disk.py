@@ -33,7 +33,8 @@ class _OnSmallDisk(Process):
         super().start([*_UNSHARE, "sh", "-c", _MOUNT, self._size, self._data, *argv], env=env, cwd=cwd, user=user)
 
     def grow(self, size: str) -> None:
-        mount = ["mount", "-o", f"remount,size={size}", self._data]
+        # What else the mount says of itself, its owner by another number for one, is not to be said again.
+        mount = ["mount", "--options-mode", "ignore", "-o", f"remount,size={size}", self._data]
         subprocess.run([*_ENTER, f"--target={self.pid}", *mount], check=True)
 
 

@@ -66,6 +66,7 @@ async def test_a_dataset_changed_while_its_rows_are_looked_at_is_exported_as_it_
         )
         opened.set()
         await changing
+        await scene.catalog.purge()
     assert await content(scene, await succeeded(scene, task_id)) == undisturbed
     gone = loads if change is not _revert else loads[1:2]
     for load in gone:
