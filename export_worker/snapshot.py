@@ -13,7 +13,7 @@ from export_worker import session
 from export_worker.selection import check_values, utc
 from shared.adapters.catalog import LOADS_SCHEMA, Column, find_dataset, load_table
 from shared.domain.errors import LockTimeout, NotFound
-from shared.domain.export_params import ExportRequest
+from shared.domain.export_params import ExportFormat, ExportRequest
 from shared.domain.task import DatasetId, LoadId, Task
 from shared.ports.database import Connection
 
@@ -21,6 +21,7 @@ from shared.ports.database import Connection
 PLACES_PER_BLOCK = 2048
 HEAD = 1
 TAIL = 1
+_WITH_NAMES = (ExportFormat.JSONL, ExportFormat.JSONL_GZ)
 
 
 class ReadRange(NamedTuple):
@@ -149,11 +150,15 @@ async def _taken(connection: Connection, task: Task, params: ExportRequest, part
     )
     if params.load_id is not None and not rows and not await _has_load(connection, dataset.dataset_id, params.load_id):
         raise NotFound(f"the dataset {params.dataset!r} has no load {params.load_id}")
+    columns = _chosen(dataset.columns, params.columns)
+    # JSON repeats the names, which may well be longer than the values.
+    name_bytes = sum(len(f'"{column.name}":'.encode()) for column in columns) if params.format in _WITH_NAMES else 0
     loads = []
     for row in rows:
         if row["blocks"] is None:
             raise LockTimeout(f"a load of {params.dataset!r} was being dropped; look again")
-        bytes_per_block = max(row["bytes"], row["table_bytes"]) / max(1, row["blocks"])
+        size = max(row["bytes"], row["table_bytes"]) + row["rows"] * name_bytes
+        bytes_per_block = size / max(1, row["blocks"])
         # A little more than a part, so that one read mostly fills one.
         aim = round(1.1 * part_bytes / max(1.0, bytes_per_block))
         loads.append(SnapshotLoad(load_id=LoadId(row["load_id"]), blocks=row["blocks"], blocks_per_read=max(1, aim)))
@@ -163,7 +168,7 @@ async def _taken(connection: Connection, task: Task, params: ExportRequest, part
         rows_known = min(rows_known, params.limit)
     return Plan(
         dataset=params.dataset,
-        columns=_chosen(dataset.columns, params.columns),
+        columns=columns,
         loads=tuple(loads),
         part_bytes=part_bytes,
         file_name=params.file_name or f"{params.dataset}-{task.task_id}.{params.format}",
