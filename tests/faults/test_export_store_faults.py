@@ -90,7 +90,7 @@ async def test_a_store_that_answers_503_for_a_while_delays_the_export(fleet: Fle
 
         async def answer_busy(_: int, chunk: bytes) -> bytes:
             nonlocal refused
-            if chunk.startswith(b"HTTP/1.1 200") and refused < 20:
+            if chunk.startswith(b"HTTP/1.1 200") and refused < 8:
                 refused += 1
                 return busy
             return chunk
@@ -100,7 +100,7 @@ async def test_a_store_that_answers_503_for_a_while_delays_the_export(fleet: Fle
             await fleet.scene.when(task_id, lambda task: task.bytes_done > 0)
             tap.down = answer_busy
             await fleet.scene.until(task_id, TaskState.SUCCEEDED)
-        assert refused == 20
+        assert refused == 8
     await fleet.finished(task_id)
 
 
