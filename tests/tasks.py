@@ -41,6 +41,14 @@ async def assert_loaded(scene: Scene, dataset: str, rows: int) -> None:
     assert tuple(found[0].values()) == (rows, rows, rows * (rows - 1) // 2)
 
 
+# In this database, as others use the same server. Who waits for a row names no database, but holds the row's table.
+SOMEBODY_WAITS = """
+SELECT count(*) > 0 FROM pg_locks WHERE NOT granted AND pid IN (
+    SELECT pid FROM pg_locks WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database())
+)
+"""
+
+
 async def until(holds: Callable[[], Awaitable[object]], *, seconds: float = DEADLINE_SECONDS) -> None:
     """Wait until something is true."""
     async with asyncio.timeout(seconds):

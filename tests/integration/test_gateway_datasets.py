@@ -10,6 +10,7 @@ from shared.adapters.catalog import Column, FinishedLoad, create_stage, publish_
 from shared.adapters.postgres import PgDatabase, quoted
 from shared.domain.task import LoadId
 from tests.gateway_process import Client, RawClient, until
+from tests.tasks import SOMEBODY_WAITS
 
 COLUMNS = (Column("id", "bigint"), Column("The Price", "numeric"), Column("note", "text"))
 
@@ -259,7 +260,7 @@ async def test_a_drop_waits_for_a_stream(large: Client, database: PgDatabase) ->
 
     async def waits() -> bool:
         async with database.connection() as connection:
-            return bool(await connection.fetchval("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"))
+            return bool(await connection.fetchval(SOMEBODY_WAITS))
 
     await until(waits)
     await raw.close()
@@ -276,7 +277,10 @@ async def test_a_stream_that_is_not_read_is_cut_and_looks_cut(
 
     async def is_over() -> bool:
         async with database.connection() as connection:
-            running = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'COPY%'"
+            running = (
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND state = 'active' AND query LIKE 'COPY%'"
+            )
             return await connection.fetchval(running) == 0
 
     await until(is_over)

@@ -22,7 +22,7 @@ from sluice.stack import Stack
 from sluice.stack.services import Service
 from tests.faults.scene import Scene, open_scene
 from tests.tasks import POLICY as STORE_POLICY
-from tests.tasks import ROW_BYTES, assert_loaded, new_account, numbered_csv, silent_store, start, until
+from tests.tasks import ROW_BYTES, SOMEBODY_WAITS, assert_loaded, new_account, numbered_csv, silent_store, start, until
 
 POLICY = RunnerPolicy(lanes=3, slice_seconds=60, lease_seconds=60, retry_backoff_seconds=0.01)
 
@@ -400,7 +400,7 @@ async def locked(bench: Bench) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
 
         async def somebody_waits() -> bool:
             async with bench.database.connection() as other:
-                return bool(await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+                return bool(await other.fetchval(SOMEBODY_WAITS))
 
         yield somebody_waits
 
@@ -487,9 +487,15 @@ async def scene(environment: dict[str, str]) -> AsyncIterator[Scene]:
         yield scene
 
 
+# Somebody writes to the load's table, and nobody to the tasks: from there to its COMMIT a batch locks the task's row,
+# and when its worker is frozen nobody can command the task before the lease is over.
 _WRITES = """
-SELECT count(*) FROM pg_locks WHERE granted AND locktype = 'relation' AND mode = 'RowExclusiveLock'
-    AND relation = to_regclass('sluice_loads.load_' || $1::bigint)
+WITH held AS (
+    SELECT relation FROM pg_locks WHERE granted AND locktype = 'relation' AND mode = 'RowExclusiveLock'
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+)
+SELECT EXISTS (SELECT FROM held WHERE relation = to_regclass('sluice_loads.load_' || $1::bigint))
+    AND NOT EXISTS (SELECT FROM held WHERE relation = 'sluice.tasks'::regclass)
 """
 
 

@@ -43,7 +43,10 @@ async def reading(database: PgDatabase, task: Task) -> AsyncIterator["asyncio.Ta
     await hangs.wait()
     async with database.connection() as connection:
         # Until then the server could still finish without its reader.
-        blocked = "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'ClientWrite'"
+        blocked = (
+            "SELECT count(*) = 1 FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event = 'ClientWrite'"
+        )
         await until(lambda: connection.fetchval(blocked))
     yield reading
     reading.cancel()

@@ -9,7 +9,6 @@ import pytest
 
 from shared.adapters.postgres import PgDatabase
 from shared.adapters.task_store import PgTaskStore
-from shared.config import Settings
 from shared.domain.checkpoint import Checkpoint, Range
 from shared.domain.errors import Conflict, Fenced, InternalFault, InvalidData
 from shared.domain.messages import (
@@ -40,6 +39,7 @@ from shared.ports.database import Connection
 from shared.ports.tasks import NewTask, Progress
 from tests.tasks import (
     POLICY,
+    SOMEBODY_WAITS,
     Told,
     listening,
     new_account,
@@ -251,9 +251,9 @@ async def test_an_idempotency_key_makes_one_task_and_refuses_another_request(
 
 
 async def test_of_many_workers_that_claim_at_once_exactly_one_has_the_task(
-    settings: Settings, account: AccountId
+    database_dsn: str, account: AccountId
 ) -> None:
-    async with open_database(settings.postgres_dsn, size=8) as database:
+    async with open_database(database_dsn, size=8) as database:
         store = silent_store(database)
         for _ in range(10):
             task = await task_in(store, account, TaskState.QUEUED)
@@ -264,9 +264,9 @@ async def test_of_many_workers_that_claim_at_once_exactly_one_has_the_task(
 
 
 async def test_of_many_workers_that_roll_back_at_once_exactly_one_has_the_task(
-    settings: Settings, account: AccountId
+    database_dsn: str, account: AccountId
 ) -> None:
-    async with open_database(settings.postgres_dsn, size=8) as database:
+    async with open_database(database_dsn, size=8) as database:
         store = silent_store(database)
         for _ in range(10):
             task = await task_in(store, account, TaskState.ABORTING)
@@ -403,7 +403,7 @@ async def test_a_batch_that_is_fenced_takes_its_rows_with_it(
 
 @pytest.mark.parametrize("where", ["in a batch", "in any other transaction"])
 async def test_a_session_that_hangs_in_a_transaction_does_not_hold_the_task_for_ever(
-    settings: Settings, database: PgDatabase, account: AccountId, where: str
+    database_dsn: str, database: PgDatabase, account: AccountId, where: str
 ) -> None:
     """A frozen process has locked the row; PostgreSQL must end that session, or not even an abort could pass."""
     in_a_batch = where == "in a batch"
@@ -411,7 +411,7 @@ async def test_a_session_that_hangs_in_a_transaction_does_not_hold_the_task_for_
     task = await task_in(store, account, TaskState.RUNNING)
     idle_seconds = 60 if in_a_batch else 0.2
     async with (
-        open_database(settings.postgres_dsn, idle_in_transaction_seconds=idle_seconds) as frozen,
+        open_database(database_dsn, idle_in_transaction_seconds=idle_seconds) as frozen,
         frozen.connection() as connection,
     ):
         await connection.execute("BEGIN")
@@ -622,7 +622,7 @@ async def test_an_abort_that_meets_the_publication_waits_and_is_refused(store: P
         aborting = store.command(task.task_id, Command.ABORT, account_id=None, actor="me", reason=None)
         aborts.append(asyncio.ensure_future(aborting))
         # The abort's session waits for this one's row: only then is it a meeting.
-        await until(lambda: connection.fetchval("SELECT true FROM pg_locks WHERE NOT granted LIMIT 1"))
+        await until(lambda: connection.fetchval(SOMEBODY_WAITS))
         return {"rows": 1}
 
     assert await store.succeed(task.task_id, task.epoch, publish, actor="w") is not None
