@@ -7,9 +7,12 @@ import pytest
 
 from shared.config import Settings
 from sluice.stack import Stack
+from tests.faults.scene import settings_of
 from tests.servers import make_template, own_database, own_vhost
 
 FAILED = pytest.StashKey[bool]()
+# Fixtures with servers or processes of their own, which several tests share.
+SHARED = {"export_servers", "kept", "movers", "place", "servers", "weed"}
 
 
 @pytest.fixture(scope="session")
@@ -47,38 +50,27 @@ async def amqp_url(shared_stack: Stack) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-def environment(shared_stack: Stack, database_dsn: str, amqp_url: str) -> dict[str, str]:
+def store_environment(shared_stack: Stack) -> dict[str, str]:
+    """SLUICE_* variables for a test that uses no more of its own than keys in the object store."""
+    return {**shared_stack.environment(), "SLUICE_S3_PREFIX": f"{uuid.uuid4().hex}/"}
+
+
+@pytest.fixture
+def environment(store_environment: dict[str, str], database_dsn: str, amqp_url: str) -> dict[str, str]:
     """SLUICE_* variables for service processes of this test."""
-    return {
-        **shared_stack.environment(),
-        "SLUICE_POSTGRES_DSN": database_dsn,
-        "SLUICE_AMQP_URL": amqp_url,
-        "SLUICE_S3_PREFIX": f"{uuid.uuid4().hex}/",
-    }
+    return {**store_environment, "SLUICE_POSTGRES_DSN": database_dsn, "SLUICE_AMQP_URL": amqp_url}
 
 
 @pytest.fixture
 def settings(environment: dict[str, str]) -> Settings:
     """The same as `environment`, for code that runs in the test's own process."""
-    return Settings(**{name.removeprefix("SLUICE_").lower(): value for name, value in environment.items()})
+    return settings_of(environment)
 
 
 @pytest.fixture
 def services(environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Stack]:
     """`services.spawn("upload-worker", 2, {...})` starts real processes on this test's settings."""
     stack = Stack.temporary(given=environment)
-    try:
-        stack.start()
-        yield stack
-        show_logs_of_a_failure(stack, request)
-    finally:
-        stack.purge()
-
-
-@pytest.fixture
-def private_stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
-    """Servers that this test alone uses, and so may kill, freeze and restart."""
-    stack = Stack.temporary(fast=True, given={})
     try:
         stack.start()
         yield stack
@@ -98,6 +90,15 @@ def show_logs_of_a_failure(stack: Stack, request: pytest.FixtureRequest) -> None
         for log in sorted(stack.home.logs.glob("*.log")):
             print(f"--- the end of {log.name}")
             print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one process run all tests that share servers, so that they are started once; xdist begins with these."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            for name in SHARED.intersection(item.fixturenames):
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,33 +2,35 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from argon2 import PasswordHasher
 
+from gateway.accounts import Accounts
+from gateway.auth import new_token
 from shared.adapters.objects import S3ObjectStore
 from shared.adapters.postgres import PgDatabase
 from shared.config import Settings
 from shared.ports.objects import MIN_PART_BYTES
 from sluice.stack import Stack
-from tests.faults.scene import Scene, open_scene
-from tests.gateway_process import Client, running_gateway
+from tests.faults.scene import Scene, open_scene, settings_of
+from tests.gateway_process import PASSWORD, Client, bearer, running_gateway
 from tests.servers import own_database, own_vhost
+from tests.tasks import open_database
 
 
 @pytest.fixture
-async def database(settings: Settings) -> AsyncIterator[PgDatabase]:
+async def database(database_dsn: str) -> AsyncIterator[PgDatabase]:
     """The test's own database."""
-    database = PgDatabase(settings.postgres_dsn, size=3, name="test")
-    await database.open()
-    yield database
-    await database.close()
+    async with open_database(database_dsn, size=3) as database:
+        yield database
 
 
 @pytest.fixture
-async def object_store(settings: Settings) -> AsyncIterator[S3ObjectStore]:
+async def object_store(store_environment: dict[str, str]) -> AsyncIterator[S3ObjectStore]:
     """The test's own prefix of the object store."""
-    objects = S3ObjectStore(settings)
+    objects = S3ObjectStore(settings_of(store_environment))
     await objects.ensure_bucket()
     yield objects
     await objects.aclose()
@@ -41,16 +43,37 @@ async def nobody(settings: Settings) -> AsyncIterator[Client]:
         yield client
 
 
+@pytest.fixture(scope="session")
+def password_hash() -> str:
+    """Of PASSWORD, and made once: it is slow on purpose."""
+    return PasswordHasher().hash(PASSWORD)
+
+
 @pytest.fixture
-async def alice(nobody: Client) -> Client:
+async def sign_up(nobody: Client, database_dsn: str, password_hash: str) -> Callable[[str], Awaitable[Client]]:
+    """Leave what a registration and the request of a token would; tests of accounts make these over HTTP."""
+
+    async def account(username: str) -> Client:
+        token, token_hash = new_token()
+        async with open_database(database_dsn, size=1) as database:
+            accounts = Accounts(database)
+            made = await accounts.create(username, password_hash)
+            await accounts.add_token(made.account_id, "test", token_hash, expires_in_seconds=3600)
+        return Client(nobody.url, nobody.session, username, bearer(token))
+
+    return account
+
+
+@pytest.fixture
+async def alice(sign_up: Callable[[str], Awaitable[Client]]) -> Client:
     """An account."""
-    return await nobody.with_account("alice")
+    return await sign_up("alice")
 
 
 @pytest.fixture
-async def bob(nobody: Client) -> Client:
+async def bob(sign_up: Callable[[str], Awaitable[Client]]) -> Client:
     """Another account."""
-    return await nobody.with_account("bob")
+    return await sign_up("bob")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable
 
 from control_service.duties import every
 from shared.adapters.postgres import PgDatabase
-from shared.config import Settings
 from tests.tasks import open_database, until
 
 LOCK = 0x51_7E57
@@ -35,10 +34,10 @@ def in_a_replica(
     return group.create_task(every(seconds, duty, database, name="test", lock=LOCK, keep_seconds=0.1))
 
 
-async def test_a_duty_that_takes_long_is_not_begun_by_another_replica(settings: Settings, database: PgDatabase) -> None:
+async def test_a_duty_that_takes_long_is_not_begun_by_another_replica(database_dsn: str, database: PgDatabase) -> None:
     idle_seconds = 1.0
     async with (
-        open_database(settings.postgres_dsn, idle_in_transaction_seconds=idle_seconds) as impatient,
+        open_database(database_dsn, idle_in_transaction_seconds=idle_seconds) as impatient,
         asyncio.timeout(60),
         asyncio.TaskGroup() as group,
     ):

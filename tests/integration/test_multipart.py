@@ -11,6 +11,7 @@ from shared.config import Settings
 from shared.domain.errors import ObjectMissing, UploadMissing
 from shared.multipart import MultipartWriter
 from shared.ports.objects import MIB, MIN_PART_BYTES, Body, Part
+from tests.faults.scene import settings_of
 
 PART = MIN_PART_BYTES
 
@@ -35,6 +36,12 @@ class CountingStore(S3ObjectStore):
             return await super().put_part(key, upload_id, number, body)
         finally:
             self.on_their_way -= 1
+
+
+@pytest.fixture
+def settings(store_environment: dict[str, str]) -> Settings:
+    """No test here has a use for a database or a broker of its own."""
+    return settings_of(store_environment)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from shared.domain.errors import (
     UploadMissing,
 )
 from shared.ports.objects import MIB, MIN_PART_BYTES, Body, ObjectStat, Part
+from tests.faults.scene import settings_of
 
 AWKWARD_KEYS = [
     "a b",
@@ -32,6 +33,12 @@ AWKWARD_KEYS = [
     "quote'\"s",
     "a~b*(c)",
 ]
+
+
+@pytest.fixture
+def settings(store_environment: dict[str, str]) -> Settings:
+    """No test here has a use for a database or a broker of its own."""
+    return settings_of(store_environment)
 
 
 @pytest.fixture
