@@ -11,8 +11,6 @@ from tests.faults.scene import settings_of
 from tests.servers import make_template, own_database, own_vhost
 
 FAILED = pytest.StashKey[bool]()
-# Fixtures with servers or processes of their own, which several tests share.
-SHARED = {"export_servers", "kept", "movers", "place", "servers", "weed"}
 
 
 @pytest.fixture(scope="session")
@@ -90,15 +88,6 @@ def show_logs_of_a_failure(stack: Stack, request: pytest.FixtureRequest) -> None
         for log in sorted(stack.home.logs.glob("*.log")):
             print(f"--- the end of {log.name}")
             print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process run all tests that share servers, so that they are started once; xdist begins with these."""
-    for item in items:
-        if isinstance(item, pytest.Function):
-            for name in SHARED.intersection(item.fixturenames):
-                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.hookimpl(wrapper=True)
