@@ -9,6 +9,7 @@ Considerations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from upload_worker.loading import RAW_CHARACTERS, Piece, Reject
 from upload_worker.parquet_schema import columns_of, writable
 from upload_worker.plan import Dialect, FilePlan, ParquetPlan
 from upload_worker.ranged_file import RangedFile
-from upload_worker.records import last_record_end, printable, record_at_line, record_count
+from upload_worker.records import Forward, last_record_end, printable, record_at_line, record_count
 from upload_worker.sources import RangeReader
 
 _BUFFERS_BYTES = 32 << 20
@@ -59,8 +60,12 @@ class ParquetPiece:
         return (start + found[0], start + found[1]) if found else None
 
     def source_of(self, start: int, end: int) -> tuple[int, str]:
-        row = self.start + record_count(self.data[:start], _DIALECT) + 1
+        row = self.start + self._records.before(start) + 1
         return row, printable(self.data[start:end][:RAW_CHARACTERS].rstrip(b"\r\n"))
+
+    @cached_property
+    def _records(self) -> Forward:
+        return Forward(self.data, lambda data: record_count(data, _DIALECT))
 
 
 class ParquetFormat:
