@@ -4,9 +4,10 @@ import asyncio
 import base64
 
 import pytest
+from argon2 import PasswordHasher
 from pydantic import ValidationError
 
-from gateway.passwords import QUEUE_PER_THREAD, Passwords
+from gateway.passwords import DECOY, QUEUE_PER_THREAD, Passwords
 from shared.adapters.postgres import PgDatabase
 from shared.config import Settings
 from shared.domain.errors import TooManyRequests
@@ -137,6 +138,10 @@ async def test_an_unknown_user_and_a_wrong_password_get_the_same_answer(alice: C
     unknown = await nobody.get("/v1/accounts/me", headers={**basic("unknown"), **headers})
     wrong = await nobody.get("/v1/accounts/me", headers={**basic("alice", "wrong password"), **headers})
     assert unknown.json == wrong.json
+
+
+def test_to_find_that_there_is_no_such_user_takes_as_long_as_to_check_a_new_password() -> None:
+    assert not PasswordHasher().check_needs_rehash(DECOY)
 
 
 async def test_a_token_opens_until_it_is_revoked(alice: Client) -> None:
