@@ -125,7 +125,7 @@ class Scene:
                         task = None
                     if task is not None and holds(task):
                         return task
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(0.02)
         except TimeoutError:
             raise AssertionError(f"not within {seconds} s: {task}; {await self.events(task_id)}") from None
 
