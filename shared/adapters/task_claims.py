@@ -8,6 +8,7 @@ Considerations
 """
 
 from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from shared.adapters.task_rows import TASK_COLUMNS, task_of
@@ -15,6 +16,7 @@ from shared.adapters.task_transitions import Transitions
 from shared.domain.checkpoint import Checkpoint
 from shared.domain.errors import CheckpointLost, Fenced, InternalFault, NoProgress
 from shared.domain.messages import COMMANDS_EXCHANGE, hint
+from shared.domain.schedule import RunWindow
 from shared.domain.task import Epoch, Event, Task, TaskId, TaskState, Trigger
 from shared.ports.database import Connection
 from shared.ports.tasks import Progress, Standing
@@ -38,6 +40,8 @@ SELECT true FROM sluice.tasks
 WHERE task_id = $1 AND state IN ('running', 'pausing') AND (epoch <= $2::bigint + 1 OR lease_until < now())
 FOR UPDATE
 """
+
+_WINDOW = "SELECT run_window FROM sluice.tasks WHERE task_id = $1"
 
 _CLAIM_ROLLBACK = f"""
 UPDATE sluice.tasks t SET epoch = t.epoch + 1, attempts = t.attempts + 1, worker = $2,
@@ -103,6 +107,9 @@ class Claims(Transitions):
             if await connection.fetchval(_IS_LOST, task_id, steal_from):
                 reason = "its message came back: the worker is gone" if steal_from is not None else "the lease ended"
                 await self._move(connection, post, task_id, Trigger.LOSE, actor=worker, reason=reason, quietly=True)
+            window = await connection.fetchval(_WINDOW, task_id)
+            if window is not None and not RunWindow.model_validate(window).is_open(datetime.now(UTC)):
+                return None  # resumed by hand, or late: the control service pauses it until the window opens
             row = await connection.fetchrow(_CLAIM, task_id, worker, self._policy.lease_seconds)
             if row is None:
                 return None

@@ -148,3 +148,32 @@ async def test_a_task_that_comes_outside_its_window_waits_for_it_and_says_so(
     assert task.not_before == closed.next_open(datetime.now(UTC))
     assert await store.claim(task.task_id, "w") is None
     assert await audit(database, task) == [("TaskQueued", "ann", f"outside its run window: {closed}")]
+
+
+async def test_a_task_is_not_claimed_outside_its_window(
+    store: PgTaskStore, database: PgDatabase, account: AccountId
+) -> None:
+    task, _ = await store.create(NewTask(account, Kind.IMPORT, {}), actor="ann")
+    await set_window(database, task, window(opens_in=timedelta(hours=3)))
+    assert await store.claim(task.task_id, "w") is None
+    [paused] = await store.keep_windows(actor="schedule")
+    assert paused.resume_at is not None
+    await store.command(task.task_id, Command.RESUME, account_id=account, actor="ann", reason=None)
+    assert await store.claim(task.task_id, "w") is None
+    [again] = await store.keep_windows(actor="schedule")
+    assert again.resume_at == paused.resume_at
+    await set_window(database, task, window(opens_in=timedelta(hours=-1)))
+    await store.command(task.task_id, Command.RESUME, account_id=account, actor="ann", reason=None)
+    assert await store.claim(task.task_id, "w") is not None
+
+
+async def test_a_worker_that_is_lost_outside_the_window_leaves_its_task_to_the_schedule(
+    store: PgTaskStore, database: PgDatabase, account: AccountId
+) -> None:
+    task, _ = await store.create(NewTask(account, Kind.IMPORT, {}), actor="ann")
+    running = await store.claim(task.task_id, "w")
+    assert running is not None
+    await set_window(database, task, window(opens_in=timedelta(hours=3)))
+    assert await store.claim(task.task_id, "other", steal_from=running.epoch) is None
+    [paused] = await store.keep_windows(actor="schedule")
+    assert paused.state is TaskState.PAUSED
