@@ -1,13 +1,23 @@
 """When a task may run: a start time, and a daily window in a named time zone. Pure; the caller brings the clock."""
 
+import re
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-_TimeOfDay = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$", examples=["22:00"])]
+_TIME_OF_DAY = r"^([01]\d|2[0-3]):[0-5]\d$"
 
+
+def _time_of_day(value: object) -> object:
+    """The same as the pattern, in words."""
+    if isinstance(value, str) and not re.fullmatch(_TIME_OF_DAY, value, re.ASCII):
+        raise ValueError("write the time of day as 22:00, from 00:00 to 23:59")
+    return value
+
+
+_TimeOfDay = Annotated[str, BeforeValidator(_time_of_day), Field(pattern=_TIME_OF_DAY, examples=["22:00"])]
 
 # What PostgreSQL and Python can count with in every time zone.
 Moment = Annotated[AwareDatetime, Field(ge=datetime(1900, 1, 1, tzinfo=UTC), le=datetime(9000, 1, 1, tzinfo=UTC))]
