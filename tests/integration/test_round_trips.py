@@ -6,12 +6,14 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, date
 from decimal import Decimal
+from itertools import islice
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shared.domain.csv_options import MOST_COLUMNS
 from shared.domain.import_params import SourceFile
 from shared.domain.task import Task
 from sluice.stack import Stack
@@ -162,3 +164,105 @@ async def test_what_was_exported_imports_as_it_was(movers: Scene, form: str, row
     await scene.succeed(source, "again", **given_types, **told)
     assert await scene.columns("again") == TYPES
     assert await texts(scene, "again") == await texts(scene)
+
+
+# What none of the types that are found out would give back as it was.
+DOUBTFUL = {
+    "zip": ["00123", "00456"],
+    "number or not": ["1e5", "true"],
+    "nan or no date": ["NaN", "2020-02-30"],
+    "no date": ["2020-02-30", "2021-02-29"],
+    "no iso date": ["28.02.2020", "29.02.2020"],
+    "time": ["12:30", "23:59"],
+    "hex": ["0x10", "0x11"],
+    "grouped": ["1_000", "1,000"],
+    "answer": ["yes", "no"],
+    "word": ["null", "NULL"],
+    "document": ['{"a": 1}', "[1]"],
+    "id": ["c0ffee00-0000-4000-8000-000000000000", "c0ffee00-0000-4000-8000-000000000001"],
+}
+# JSON tells strings from numbers, but has no times.
+QUOTED = DOUBTFUL | {
+    "double": ["1e5", "-0"],
+    "yes": ["true", "false"],
+    "nan": ["NaN", "Infinity"],
+    "plus": ["+1", " 1"],
+}
+TYPED = QUOTED | {"day": ["2020-02-28", "2020-02-29"], "at": ["2020-02-28 01:02:03", "2020-02-28T01:02:03Z"]}
+
+
+@pytest.mark.parametrize(
+    ("form", "texts"), [("csv", DOUBTFUL), ("csv.gz", DOUBTFUL), ("jsonl", QUOTED), ("parquet", TYPED)]
+)
+async def test_text_that_looks_like_something_else_stays_text(
+    movers: Scene, form: str, texts: Mapping[str, Sequence[str]]
+) -> None:
+    scene = await movers.another_account()
+    columns = dict.fromkeys(texts, "text")
+    rows = list(zip(*texts.values(), strict=True))
+    await add_load(scene, columns, f"VALUES {', '.join(literal(row) for row in rows)}")
+    await scene.succeed(await exported(scene, await export(scene, format=form)), "again")
+    assert await scene.columns("again") == columns
+    assert await scene.rows("again") == rows
+
+
+def literal(row: Sequence[str]) -> str:
+    return "(" + ", ".join("'" + text.replace("'", "''") + "'" for text in row) + ")"
+
+
+FOUND = {
+    "s": ("text", "'a'"),
+    "i": ("bigint", "'-9223372036854775808'"),
+    "n": ("numeric", "12345678901234567890.12345"),
+    "d": ("double precision", "1e300"),
+    "b": ("boolean", "n > 1"),
+    "day": ("date", "'2024-02-29'"),
+    "at": ("timestamp", "'2024-02-29 23:59:59.999999'"),
+    "tz": ("timestamptz", "'2024-03-31 02:30:00+02'"),
+}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+async def test_types_are_found_out_again(movers: Scene, form: str) -> None:
+    scene = await movers.another_account()
+    columns = {name: type_ for name, (type_, _) in FOUND.items()}
+    values = ", ".join(f"({value})::{type_}" for type_, value in FOUND.values())
+    nulls = ", ".join(["NULL"] * len(FOUND))
+    await add_load(scene, columns, f"SELECT {values} FROM generate_series(1, 2) n UNION ALL SELECT {nulls}")
+    await scene.succeed(await exported(scene, await export(scene, format=form)), "again")
+    assert await scene.columns("again") == columns
+    assert await scene.rows("again") == await scene.rows()
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+async def test_as_many_columns_as_a_dataset_can_have_come_back(movers: Scene, form: str) -> None:
+    scene = await movers.another_account()
+    columns = {}
+    numbers = iter(range(MOST_COLUMNS - 1))  # one is that of the load
+    # A row must fit into a block, where each bigint begins at a multiple of 8.
+    for type_, count in (("bigint", 500), ("boolean", 500), ("text", 599)):
+        columns |= {f"column {number}": type_ for number in islice(numbers, count)}
+    values = ", ".join({"bigint": "n", "boolean": "n > 1", "text": "'x' || n"}[type_] for type_ in columns.values())
+    await add_load(scene, columns, f"SELECT {values} FROM generate_series(1, 3) n")
+    await scene.succeed(await exported(scene, await export(scene, format=form)), "again")
+    assert await scene.columns("again") == columns
+    assert await scene.rows("again") == await scene.rows()
+
+
+NAMES = [
+    "select", "Order", "a b", "a.b", "it's", 'qu"ote', '""', "semi;colon", "com,ma", "$1", "%s {x}", "a\\b", "--", "/*",
+    "Größe", "日本語 🎉", "=1+1", "data",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+async def test_names_that_need_quotes_are_kept(movers: Scene, form: str) -> None:
+    scene = await movers.another_account()
+    columns = dict.fromkeys(NAMES, "text")
+    rows = [tuple(f"{name} {number}" for name in NAMES) for number in range(3)]
+    await add_load(scene, columns, f"VALUES {', '.join(map(literal, rows))}", "user")
+    conditions = [{"column": name, "op": "in", "value": [f"{name} {number}" for number in (0, 2)]} for name in NAMES]
+    task = await export(scene, "user", format=form, conditions=conditions, columns=NAMES[::-1])
+    await scene.succeed(await exported(scene, task), "table")
+    assert list(await scene.columns("table")) == NAMES[::-1]
+    assert await scene.rows("table") == [row[::-1] for row in (rows[0], rows[2])]
