@@ -106,6 +106,15 @@ class Datasets:
             )
         return [Load(**row) for row in rows]
 
+    async def has_load(self, dataset: Dataset, load_id: int) -> bool:
+        async with self._database.connection() as connection:
+            found = await connection.fetchval(
+                "SELECT true FROM sluice.loads WHERE dataset_id = $1 AND load_id = $2 AND detached_at IS NULL",
+                dataset.dataset_id,
+                load_id,
+            )
+        return bool(found)
+
     async def preview(self, dataset: Dataset, *, load_id: int | None, limit: int) -> Sequence[str]:
         """Some rows, each as the text of a JSON object: numbers keep every digit. `PREVIEW_BYTES` at most.
 

@@ -67,6 +67,8 @@ async def take_export(gateway: "Gateway", account_id: AccountId, request: Export
     """
     dataset = await gateway.datasets.get(account_id, request.dataset)
     request.check({column["name"]: column["type"] for column in dataset.columns})
+    if request.load_id is not None and not await gateway.datasets.has_load(dataset, request.load_id):
+        raise NotFound(f"the dataset {request.dataset!r} has no load {request.load_id}", load_id=request.load_id)
     if request.file_name is not None:
         name = check_file_name(request.file_name, where="body")
         if not request.overwrite and await gateway.files.named(account_id, name) is not None:

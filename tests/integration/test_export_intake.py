@@ -58,6 +58,20 @@ async def test_a_dataset_of_nobody_or_of_another_account_is_unknown(owner: Clien
     assert (await bob.post("/v1/tasks", EXPORT)).status == 404
 
 
+async def test_a_load_that_the_dataset_does_not_have_is_unknown(owner: Client, database: PgDatabase) -> None:
+    async with database.connection() as connection:
+        await connection.execute(
+            "INSERT INTO sluice.loads (load_id, account_id, dataset_id, columns, rows, bytes, rejects, detached_at)"
+            " SELECT n, account_id, dataset_id, columns, 1, 1, 0, CASE n WHEN 12 THEN now() END"
+            " FROM sluice.datasets, generate_series(11, 12) n"
+        )
+    for load, status in ((11, 202), (12, 404), (13, 404)):
+        answer = await owner.post("/v1/tasks", {**EXPORT, "load_id": load})
+        assert answer.status == status, answer.body
+        if status == 404:
+            assert (answer.code, answer.json["load_id"]) == ("not-found", load)
+
+
 async def test_a_file_is_replaced_only_when_asked(owner: Client) -> None:
     await owner.put("/v1/files/out.csv", b"mine")
     assert (await owner.post("/v1/tasks", {**EXPORT, "file_name": "out.csv"})).status == 409
