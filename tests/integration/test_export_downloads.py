@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import aiohttp
 import pytest
@@ -136,3 +136,24 @@ async def test_an_export_of_several_segments_downloads_in_pieces(desk: Desk, tmp
         for query in ("", "?redirect=true"):
             path = tmp_path / f"{program}{len(query)}"
             await download_in_pieces(desk, program, path, f"/v1/files/{file_id}/content{query}", expected)
+
+
+NAMES = ["select", "a b.csv", "it's.csv", 'quo"te.csv', "semi;colon, comma.csv", "%41\\.csv", "Größe/日本語 🎉.csv"]
+
+
+async def test_an_export_is_saved_under_the_name_that_was_asked_for(desk: Desk) -> None:
+    load = await add_numbers(desk.scene, 10)
+    expected = await reference(desk.scene, [load], ["n", "filling"])
+    for name in NAMES:
+        request = {"kind": "export", "dataset": "data", "file_name": name}
+        made = await desk.client.post("/v1/tasks", request)
+        result = (await desk.client.get(f"{made.headers['Location']}?wait=60")).json["result"]
+        assert result["file_name"] == name
+        content = f"/v1/files/{result['file_id']}/content"
+        link = (await desk.client.get(f"{content}?redirect=true")).headers["Location"]
+        store = Client("", desk.client.session)
+        for answer in (await desk.client.get(content), await store.get(link)):
+            assert answer.body == expected
+            # What browsers save it as (RFC 8187).
+            saved = unquote(answer.headers["Content-Disposition"].partition("filename*=UTF-8''")[2])
+            assert saved == name.rpartition("/")[2]
