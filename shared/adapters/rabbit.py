@@ -9,6 +9,8 @@ Considerations
 - A confirm that is lost says nothing about the message: it may be sent again. Consumers are idempotent.
 - A message that no contract describes, or whose handler fails unexpectedly, is moved to the dead-letter queue with its
   reason, and never requeued. While that queue cannot take it, it is held, and the log says so.
+- RabbitMQ (3.10) does not tell the consumers of a quorum queue that it was deleted if it is declared again within a
+  moment: they never hear again. So a process that has been told waits before it declares anything.
 - When no session can be made for `give_up_seconds`, `run` raises, and the process ends for its supervisor to restart.
 """
 
@@ -45,6 +47,7 @@ log = structlog.get_logger()
 _REASON_CHARACTERS = 1000
 _LONGEST_BURIAL_PAUSE_SECONDS = 30.0
 _REPLY_TO = "amq.rabbitmq.reply-to"
+_OTHERS_ARE_TOLD_SECONDS = 1.0
 _LOST = (aiormq.exceptions.AMQPError, aio_pika.exceptions.AMQPException, OSError, TimeoutError, RuntimeError)
 
 
@@ -102,6 +105,7 @@ class _Session:
     exchanges: dict[str, aio_pika.abc.AbstractExchange]
     reply_exchange: aio_pika.abc.AbstractExchange
     lost: asyncio.Event = field(default_factory=asyncio.Event)
+    deleted: bool = False
 
 
 class RabbitBus:
@@ -157,6 +161,8 @@ class RabbitBus:
                             raise
                     away_since = loop.time()
                     log.warning("the broker session is lost; making a new one")
+                    if session.deleted:
+                        await asyncio.sleep(_OTHERS_ARE_TOLD_SECONDS)
                 except _LOST as error:
                     _raise_if_cancelled()
                     if loop.time() - away_since > self._give_up_seconds:
@@ -200,6 +206,10 @@ class RabbitBus:
         def on_lost(*_: Any) -> None:
             session.lost.set()
 
+        def on_cancel(*_: Any) -> None:
+            session.deleted = True
+            session.lost.set()
+
         connection.close_callbacks.add(on_lost)
         publishing.close_callbacks.add(on_lost)
         asking.close_callbacks.add(on_lost)
@@ -208,7 +218,7 @@ class RabbitBus:
         for consumer in self._consumers:
             channel = await connection.channel()
             channel.close_callbacks.add(on_lost)
-            (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(on_lost)
+            (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(on_cancel)
             await channel.set_qos(prefetch_count=consumer.prefetch)
             if consumer.queue is not None:
                 queue = await channel.get_queue(consumer.queue)
