@@ -6,10 +6,11 @@ from datetime import date, datetime
 
 from shared.domain.csv_options import ColumnType
 
-_INTEGER = re.compile(r"[+-]?(?:0|[1-9]\d*)", re.ASCII)
-_DECIMAL = re.compile(r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)", re.ASCII)
+# No plus before: what is written with one may be a telephone number.
+_INTEGER = re.compile(r"-?(?:0|[1-9]\d*)", re.ASCII)
+_DECIMAL = re.compile(r"-?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)", re.ASCII)
 _FLOAT = re.compile(
-    r"[+-]?(?:(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?|inf(?:inity)?)|nan",
+    r"-?(?:(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?|inf(?:inity)?)|nan",
     re.ASCII | re.IGNORECASE,
 )
 _DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)

@@ -176,6 +176,7 @@ DOUBTFUL = {
     "time": ["12:30", "23:59"],
     "hex": ["0x10", "0x11"],
     "grouped": ["1_000", "1,000"],
+    "telephone": ["+4915112345678", "+1"],
     "answer": ["yes", "no"],
     "word": ["null", "NULL"],
     "document": ['{"a": 1}', "[1]"],

@@ -118,6 +118,8 @@ async def test_a_header_may_hold_quotes_and_newlines() -> None:
         ("nan inf -Infinity 1.5", "", T.DOUBLE),
         ("1e999", "", T.TEXT),
         ("00123 7", "", T.TEXT),
+        ("+4915112345678", "", T.TEXT),
+        ("+1.5 1e+5", "", T.TEXT),
         ("true FALSE", "", T.BOOLEAN),
         ("t f", "", T.BOOLEAN),
         ("f f", "", T.TEXT),
