@@ -7,6 +7,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+# Files beside the zones, which say something else on each machine.
+_OF_THIS_MACHINE = ("localtime", "posixrules")
 _TIME_OF_DAY = r"^([01]\d|2[0-3]):[0-5]\d$"
 
 
@@ -41,6 +43,8 @@ class RunWindow(BaseModel):
     @classmethod
     def _known_zone(cls, value: str) -> str:
         try:
+            if value in _OF_THIS_MACHINE:
+                raise ZoneInfoNotFoundError(value)
             ZoneInfo(value)
         except (ZoneInfoNotFoundError, ValueError, OSError) as error:
             raise ValueError(f"{value!r} is not a known IANA time zone; try Europe/Berlin or UTC") from error

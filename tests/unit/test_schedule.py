@@ -87,6 +87,7 @@ def test_a_window_inside_a_skipped_hour_opens_on_the_next_day() -> None:
         {"from": "24:00", "to": "06:00"},
         {"from": "9:00", "to": "06:00"},
         {"from": "22:00", "to": "06:00", "time_zone": "Mars/Olympus"},
+        {"from": "22:00", "to": "06:00", "time_zone": "localtime"},
         {"from": "22:00", "to": "06:00", "time_zone": "../etc/passwd"},
         {"from": "22:00"},
     ],
