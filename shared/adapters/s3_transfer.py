@@ -65,12 +65,17 @@ class Transfers:
     async def repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Repeat an idempotent attempt while it may succeed, for as long as one silence may last."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._idle_seconds
+        begun = loop.time()
+        deadline: float | None = None
         pause_seconds = 0.1
         while True:
             try:
                 return await attempt()
-            except Retryable:
+            except Retryable as error:
+                if deadline is None:
+                    # A slow attempt that was answered may be repeated like a quick one; silence has had its time.
+                    was_silent = isinstance(error.__cause__, TimeoutError)
+                    deadline = (begun if was_silent else loop.time()) + self._idle_seconds
                 if loop.time() + pause_seconds >= deadline:
                     raise
             await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))  # noqa: S311
