@@ -90,9 +90,10 @@ async def test_a_store_killed_in_the_middle_of_a_read_is_read_on_after_its_resta
     assert got == DATA
 
 
-async def test_a_store_killed_in_the_middle_of_a_part_takes_it_after_its_restart(
-    weed: SeaweedFS, tap: Tap, store: S3ObjectStore
-) -> None:
+async def test_a_store_killed_in_the_middle_of_a_part_takes_it_after_its_restart(weed: SeaweedFS, tap: Tap) -> None:
+    settings = settings_of(weed, tap)
+    # A server that has just been started may be silent for a second.
+    impatient, store = S3ObjectStore(settings, idle_seconds=1), S3ObjectStore(settings, idle_seconds=60)
     upload_id = await store.create_upload("key")
     first = await store.put_part("key", upload_id, 1, DATA)
     tap.reset()
@@ -105,17 +106,16 @@ async def test_a_store_killed_in_the_middle_of_a_part_takes_it_after_its_restart
 
     tap.up = kill_half_way
     with pytest.raises(StoreUnavailable):
-        await store.put_part("key", upload_id, 2, DATA[::-1])
+        await impatient.put_part("key", upload_id, 2, DATA[::-1])
     tap.reset()
     await asyncio.to_thread(weed.restart)
-    # A server that has just been started may be silent for a second.
-    patient = S3ObjectStore(settings_of(weed, tap), idle_seconds=60)
-    assert await patient.list_parts("key", upload_id) == [first]
-    second = await patient.put_part("key", upload_id, 2, DATA[::-1])
-    etag = await patient.complete_upload("key", upload_id, [first, second])
+    assert await store.list_parts("key", upload_id) == [first]
+    second = await store.put_part("key", upload_id, 2, DATA[::-1])
+    etag = await store.complete_upload("key", upload_id, [first, second])
     got = bytearray()
-    await read_into(patient, got, etag)
-    await patient.aclose()
+    await read_into(store, got, etag)
+    await impatient.aclose()
+    await store.aclose()
     assert got == DATA + DATA[::-1]
 
 
