@@ -43,13 +43,11 @@ async def test_an_export_into_a_full_store_rests_on_a_pause_and_goes_on_when_the
         assert (await scene.until(task_id, TaskState.PAUSED)).bytes_done < len(fleet.expected)
         _, reason = (await scene.events(task_id))[-1]
         assert "whether its disk is full" in str(reason)
-        await scene.when_value(
-            "SELECT count(*) FROM sluice.object_ledger WHERE task_id = $1 AND upload_id IS NOT NULL", 0, task_id
-        )
-        assert [upload async for upload in scene.objects.list_uploads(f"exports/{task_id}/")] == []
+        # What it holds open until then: a store without room may not even be able to drop an upload.
         await asyncio.to_thread(disk.room)
         await scene.command(task_id, Command.RESUME)
         assert await content(scene, await succeeded(scene, task_id)) == fleet.expected
+        assert [upload async for upload in scene.objects.list_uploads(f"exports/{task_id}/")] == []
 
 
 async def test_an_abort_of_an_export_into_a_full_store_leaves_nothing(fleet: Fleet, tmp_path: Path) -> None:
