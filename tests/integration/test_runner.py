@@ -516,14 +516,15 @@ async def freeze_in_mid_batch(scene: Scene, task_id: TaskId, worker: Service) ->
             await asyncio.to_thread(worker.resume)
 
 
-ZOMBIE_ROWS = 8 * 2**20 // ROW_BYTES
+# Each of a hundred batches is a chance to freeze the worker inside it.
+ZOMBIE_ROWS = 25 * 2**20 // ROW_BYTES
 
 
 async def test_a_frozen_worker_is_replaced_and_when_it_wakes_up_it_changes_nothing(
     services: Stack, scene: Scene
 ) -> None:
     _, zombie = await start(services, slots=1, lanes=2, batch_bytes=262_144, lease_seconds=1)
-    task_id = await scene.begin(numbered_csv(ZOMBIE_ROWS), max_bytes_per_second=2_000_000)
+    task_id = await scene.begin(numbered_csv(ZOMBIE_ROWS), max_bytes_per_second=4_000_000)
     await freeze_in_mid_batch(scene, task_id, zombie)
     await start(services, control=0, lease_seconds=1)
     task = await scene.until(task_id, TaskState.SUCCEEDED)
@@ -541,7 +542,7 @@ async def test_an_abort_drops_the_table_although_a_frozen_worker_holds_a_transac
     services: Stack, scene: Scene
 ) -> None:
     _, zombie = await start(services, slots=1, lanes=2, batch_bytes=262_144, lease_seconds=60)
-    task_id = await scene.begin(numbered_csv(ZOMBIE_ROWS), max_bytes_per_second=1_000_000)
+    task_id = await scene.begin(numbered_csv(ZOMBIE_ROWS), max_bytes_per_second=4_000_000)
     await freeze_in_mid_batch(scene, task_id, zombie)
     await start(services, control=0)
     assert (await scene.command(task_id, Command.ABORT)).status == 202
