@@ -8,7 +8,7 @@ import pytest
 from shared.config import Settings
 from sluice.stack import Stack
 from tests.faults.scene import settings_of
-from tests.servers import make_template, own_database, own_vhost
+from tests.servers import make_template, own_database, own_vhost, started
 
 FAILED = pytest.StashKey[bool]()
 
@@ -16,12 +16,8 @@ FAILED = pytest.StashKey[bool]()
 @pytest.fixture(scope="session")
 def shared_stack() -> Iterator[Stack]:
     """Servers for all tests of this process: those that the environment names, and others of its own."""
-    stack = Stack.temporary(fast=True)
-    try:
-        stack.start()
+    with started(Stack.temporary(fast=True)) as stack:
         yield stack
-    finally:
-        stack.purge()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 import hashlib
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib.resources import files
 from urllib.parse import urlsplit
 
@@ -11,8 +11,19 @@ import aiohttp
 import asyncpg
 
 from shared.adapters.migrations import migrate
+from sluice.stack import Stack
 
 _TEMPLATE_LOCK = 0x51_01CF
+
+
+@contextmanager
+def started(stack: Stack) -> Iterator[Stack]:
+    """Start it; stop it afterwards and remove what it has written."""
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.purge()
 
 
 def with_path(url: str, path: str) -> str:

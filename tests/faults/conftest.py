@@ -9,17 +9,14 @@ from sluice.stack import Stack
 from tests.exports import add_numbers, reference
 from tests.faults.fleet import ENVIRONMENT, ROWS, Fleet
 from tests.faults.scene import open_scene
+from tests.servers import started
 
 
 @pytest.fixture(scope="session")
 def export_servers() -> Iterator[Stack]:
     """PostgreSQL is as safe as in production."""
-    stack = Stack.temporary(given={})
-    try:
-        stack.start()
+    with started(Stack.temporary(given={})) as stack:
         yield stack
-    finally:
-        stack.purge()
 
 
 @pytest.fixture(scope="session")

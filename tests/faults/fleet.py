@@ -28,15 +28,13 @@ ENVIRONMENT = {
 
 
 @dataclass
-class Fleet:
-    """A control service and two export workers, an account whose exports they run, and what its dataset holds."""
+class Workers:
+    """A control service and workers of one kind on servers of their own, and an account whose tasks they run."""
 
     stack: Stack
     scene: Scene
     control: Service
     workers: list[Service]
-    load: LoadId
-    expected: bytes
 
     def holder(self, task: Task) -> Service:
         """The process that has the task."""
@@ -55,6 +53,14 @@ class Fleet:
                 service.start()
         for service in (self.control, *self.workers):
             await asyncio.to_thread(service.wait_ready)
+
+
+@dataclass
+class Fleet(Workers):
+    """Export workers, and what the dataset holds that they export."""
+
+    load: LoadId
+    expected: bytes
 
     async def begun(self, **params: Any) -> TaskId:
         """An export of which a part is committed, and much is not."""

@@ -125,6 +125,7 @@ class Scene:
                         task = None
                     if task is not None and holds(task):
                         return task
+                    # A row tells nobody that it changes; asked more often, a hundred of them fill a processor.
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise AssertionError(f"not within {seconds} s: {task}; {await self.events(task_id)}") from None

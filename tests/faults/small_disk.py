@@ -52,6 +52,7 @@ class SmallStore:
     async def is_full(self) -> None:
         """Wait until a write has failed for want of space."""
         async with asyncio.timeout(60):
+            # The store says it in its log only: to its clients a full disk is an internal error.
             while b"no space left on device" not in self._process.log.read_bytes():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 

@@ -71,7 +71,7 @@ async def _copy_in_slowly(database: PgDatabase) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(10):
             yield _LINES[:1800]
-            await asyncio.sleep(0.001)  # so that a cut can come between two pieces as well
+            await asyncio.sleep(0.001)  # else all are sent in one go, and no cut comes between two pieces
 
     async with database.transaction() as connection:
         await connection.copy_in("public", "cut", pieces())
@@ -139,7 +139,9 @@ async def test_a_connection_that_is_cut_at_any_moment_is_told_in_our_words_and_c
                 await connection.fetch(_TERMINATE, random.randint(1, POOL))
         else:
             tap.up = tap.down = break_off
-            await asyncio.sleep(0.002)  # the network is away for so long
+            await asyncio.sleep(
+                0.002
+            )  # the network is away for so long: shorter than a job, so that some meet it and some do not
             tap.reset()
 
     seen: set[str] = set()

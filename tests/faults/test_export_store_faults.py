@@ -154,7 +154,7 @@ async def test_an_export_into_a_slow_store_pauses_and_resumes_and_loses_nothing(
     scene = fleet.scene
 
     async def slowly(_: int, chunk: bytes) -> bytes:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)  # at most 6 MB/s in each connection: a part takes about a second
         return chunk
 
     async with fleet.tap() as tap, fleet.behind(tap):

@@ -124,7 +124,7 @@ async def joining(fleet: Fleet, **changed: str) -> AsyncIterator[tuple[TaskId, S
         async def slowly(_: int, chunk: bytes) -> bytes:
             if b"x-amz-copy-source" in chunk.lower():
                 copied.extend(re.findall(rb"partNumber=(\d+)", chunk))
-                await asyncio.sleep(0.7)  # the time in which a test can disturb a copy
+                await asyncio.sleep(0.7)  # nobody learns of a copy on its way: the time in which a test disturbs it
             return chunk
 
         tap.up = slowly

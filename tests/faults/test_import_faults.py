@@ -12,9 +12,10 @@ from shared.domain.messages import CONTROL_COMMANDS, CONTROL_QUEUE, IMPORT_QUEUE
 from shared.domain.task import Command, Task, TaskId, TaskState
 from sluice.stack import Stack
 from sluice.stack.server import Server
-from sluice.stack.services import Service
+from tests.faults.fleet import Workers
 from tests.faults.scene import Scene, open_scene
 from tests.faults.tap import Tap
+from tests.servers import started
 from tests.tasks import QUICK, ROW_BYTES, assert_loaded, numbered_csv
 
 ROWS = 60_000
@@ -31,39 +32,13 @@ SLOWLY = 2_000_000  # bytes per second: about two seconds for BODY, in which thi
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Stack]:
     """Servers that the tests of this module kill and restart; PostgreSQL as safe as in production."""
-    stack = Stack.temporary(given={})
-    try:
-        stack.start()
+    with started(Stack.temporary(given={})) as stack:
         yield stack
-    finally:
-        stack.purge()
 
 
 @dataclass
-class Fleet:
-    """A control service and two import workers, and an account whose imports they run."""
-
-    stack: Stack
-    scene: Scene
-    control: Service
-    workers: list[Service]
-
-    def holder(self, task: Task) -> Service:
-        """The process that has the task."""
-        assert task.worker is not None, "only a task that is being worked on has a worker"
-        pid = int(task.worker.rpartition(":")[2])
-        return next(worker for worker in self.workers if worker.pid == pid)
-
-    async def whole(self) -> None:
-        """Start again what was killed, and wait until everything is ready."""
-        for server in self.stack.servers:
-            if not server.process.is_running():
-                await asyncio.to_thread(server.restart)
-        for service in (self.control, *self.workers):
-            if not service.process.is_running():
-                service.start()
-        for service in (self.control, *self.workers):
-            await asyncio.to_thread(service.wait_ready)
+class Fleet(Workers):
+    """Import workers, and an account whose imports they run."""
 
     async def finished(self, task_id: TaskId, rows: int = ROWS) -> Task:
         """Wait for success, then count everything."""

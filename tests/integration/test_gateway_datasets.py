@@ -249,7 +249,7 @@ async def test_a_client_that_reads_slowly_gets_everything(large: Client) -> None
     pieces = []
     while piece := await raw.reader.read(1_000_000):
         pieces.append(piece)
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.005)  # slower than PostgreSQL sends, so that the gateway has to make it wait
     assert b"".join(pieces) == (await large.get("/v1/datasets/large/export")).body
     await raw.close()
 
